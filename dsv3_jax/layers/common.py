@@ -1,0 +1,59 @@
+"""Weights, norm and MLP that every block uses."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsv3_jax import axes
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.ops.dispatch import swiglu
+from dsv3_jax.sharding import constrain
+
+
+def weight(
+    module: nn.Module,
+    config: ModelConfig,
+    name: str,
+    shape: tuple[int, ...],
+    logical: tuple[str | None, ...],
+    fan_in: int,
+    residual: bool = False,
+) -> jax.Array:
+    """A float32 master weight with logical axes, cast to the compute dtype.
+
+    Normal with std 1/sqrt(fan_in), divided by sqrt(2 · num_layers) where the product is added to the residual stream;
+    or with `config.init_std` throughout, where that is set (the published model's rule).
+    """
+    std = config.init_std or fan_in**-0.5 * ((2 * config.num_layers) ** -0.5 if residual else 1.0)
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), logical)
+    return module.param(name, init, shape, jnp.float32).astype(config.compute_dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + ε) · scale, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (axes.NORM,))
+        scale_D = self.param("scale", init, (x_BTD.shape[-1],), jnp.float32)
+        x32 = x_BTD.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * inverse * scale_D).astype(x_BTD.dtype)
+
+
+class SwiGLU(nn.Module):
+    """(silu(x W_gate) · x W_up) W_down, of width `hidden_dim`."""
+
+    config: ModelConfig
+    hidden_dim: int
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        D, F = self.config.dim, self.hidden_dim
+        w_in_D2F = weight(self, self.config, "w_in", (D, 2, F), (axes.FSDP_EMBED, None, axes.MLP), D)
+        w_out_FD = weight(self, self.config, "w_out", (F, D), (axes.MLP, axes.FSDP_EMBED), F, residual=True)
+        hidden_BTF = swiglu(jnp.einsum("BTD,DxF->BTxF", x_BTD, w_in_D2F))
+        hidden_BTF = constrain(hidden_BTF, (axes.BATCH, axes.LENGTH, axes.MLP))
+        return jnp.einsum("BTF,FD->BTD", hidden_BTF, w_out_FD)

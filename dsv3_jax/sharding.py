@@ -1,0 +1,116 @@
+"""The device mesh and the rules from logical axes to mesh axes. Strict: a typo or a collision raises.
+
+Linen would turn an unknown logical axis silently into "replicated"; here it is an error, and so is a spec that would
+use one mesh axis for two dimensions of the same array.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax import axes
+from dsv3_jax.config import ConfigError, MeshConfig
+
+# Logical axis -> mesh axes. The batch is split over data, fsdp and expert alike (every device of an expert group works
+# on other tokens until the experts are reached); parameters are split over fsdp along the model width (ZeRO-3) and over
+# `model` along heads, feed-forward units and vocabulary (tensor parallelism); experts live on the expert axis.
+RULES: dict[str, tuple[str, ...]] = {
+    axes.BATCH: ("data", "fsdp", "expert"),
+    axes.LENGTH: (),
+    axes.EMBED: (),
+    axes.FSDP_EMBED: ("fsdp",),
+    axes.HEADS: ("model",),
+    axes.KV_HEADS: ("model",),
+    axes.HEAD_DIM: (),
+    axes.LATENT: (),
+    axes.MLP: ("model",),
+    axes.EXPERTS: ("expert",),
+    axes.EXPERT_MLP: ("model",),
+    axes.VOCAB: ("model",),
+    axes.LAYERS: (),
+    axes.NORM: (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes of `MeshConfig`, sizes of one included. Raises `ConfigError` if devices are missing."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis.name: getattr(config, axis.name) for axis in dataclasses.fields(config)}
+    needed = math.prod(sizes.values())
+    if needed > len(devices):
+        raise ConfigError(
+            f"config.mesh={sizes}: needs {needed} devices, {len(devices)} are visible; lower an axis, or on CPU set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+        )
+    grid = np.asarray(devices[:needed]).reshape(tuple(sizes.values()))
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def partition_spec(logical: Sequence[str | None]) -> PartitionSpec:
+    """Mesh axes for the logical axes of one array; None is a dimension that is never split.
+
+    Raises:
+      ValueError: an axis that is not in `axes.LOGICAL_AXES`, or two dimensions that ask for one mesh axis.
+    """
+    spec, owner = [], {}
+    for name in logical:
+        if name is not None and name not in RULES:
+            raise ValueError(f"unknown logical axis {name!r} in {tuple(logical)}; known: {', '.join(sorted(RULES))}")
+        mesh_axes = () if name is None else RULES[name]
+        for mesh_axis in mesh_axes:
+            if mesh_axis in owner:
+                raise ValueError(
+                    f"logical axes {owner[mesh_axis]!r} and {name!r} of {tuple(logical)} both map to mesh axis "
+                    f"{mesh_axis!r}; an array can use it once"
+                )
+            owner[mesh_axis] = name
+        spec.append(mesh_axes or None)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, logical: Sequence[str | None]) -> jax.Array:
+    """Asks for the sharding of an activation under the ambient mesh (`jax.set_mesh`); without one, returns `x`."""
+    if len(logical) != x.ndim:
+        raise ValueError(f"{tuple(logical)} names {len(logical)} axes, the array has shape {x.shape}")
+    spec = partition_spec(logical)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def shardings(mesh: Mesh, boxed: Any) -> Any:
+    """A tree of `NamedSharding` for a tree of boxed variables (as `model.init` returns them, arrays or shapes).
+
+    Raises:
+      ValueError: a leaf without logical axes, or with axes that do not fit its shape or the mesh.
+    """
+
+    def leaf(path, x):
+        if not isinstance(x, nn.LogicallyPartitioned):
+            raise ValueError(f"variable {jax.tree_util.keystr(path)} has no logical axes")
+        shape, spec = x.value.shape, partition_spec(x.names)
+        if len(shape) != len(x.names):
+            raise ValueError(f"variable {jax.tree_util.keystr(path)} of shape {shape} names axes {x.names}")
+        for size, name in zip(shape, x.names, strict=True):
+            mesh_axes = RULES[name] if name else ()
+            shards = math.prod(mesh.shape[a] for a in mesh_axes)
+            if size % shards:
+                raise ConfigError(
+                    f"config.mesh: axis {name!r} of {jax.tree_util.keystr(path)} has size {size}, which {shards} "
+                    f"shards over {mesh_axes} do not divide; change the mesh or the model's width"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def batch_sharding(mesh: Mesh, logical: Sequence[str | None] = (axes.BATCH, axes.LENGTH)) -> NamedSharding:
+    """The sharding of an input array of tokens."""
+    return NamedSharding(mesh, partition_spec(logical))

@@ -1,0 +1,102 @@
+"""Checkpoints of state and data position, behind one thin adapter to Orbax (whose v1 API may still move)."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dsv3_jax.config import Config, ConfigError, ModelConfig, load
+from dsv3_jax.training.step import TrainState, Trainer
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run: `variables` (params and selection bias), `optimizer`, and the data iterator."""
+
+    def __init__(self, workdir: pathlib.Path, keep: int):
+        self._inner = ocp.training.Checkpointer(
+            (workdir / FOLDER).resolve(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+        self._pending: Any = None
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        latest = self._inner.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: TrainState, iterator: Any) -> None:
+        """Writes a checkpoint of `state.step`, in the background where the device has its own memory."""
+        self.wait()
+        step = int(state.step)
+        if self.latest_step() == step:
+            return
+        optimizer = {"step": state.step, "opt_state": state.opt_state}
+        parts = {"variables": state.variables(), "optimizer": optimizer, "data": iterator}
+        self._pending = self._inner.save_checkpointables_async(step, parts, force=True)
+        if jax.default_backend() == "cpu":
+            self.wait()  # the host copy may be the very buffer that the next step is given to reuse
+
+    def wait(self) -> None:
+        """Blocks until the last save is on disk; raises what went wrong with it (a full disk shows up only here)."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def restore(self, trainer: Trainer, iterator: Any) -> TrainState:
+        """The newest state, on the trainer's mesh; moves `iterator` to where it was."""
+        abstract = trainer.abstract_state()
+        optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
+        parts = {"variables": abstract.variables(), "optimizer": optimizer, "data": iterator}
+        loaded = self._inner.load_checkpointables(self.latest_step(), parts)
+        return TrainState(
+            step=loaded["optimizer"]["step"],
+            params=loaded["variables"]["params"],
+            selection_bias=loaded["variables"]["selection_bias"],
+            opt_state=loaded["optimizer"]["opt_state"],
+        )
+
+    def restore_variables(self, abstract: Any) -> Any:
+        """The newest params and selection bias, without optimizer state."""
+        return self._inner.load_checkpointables(self.latest_step(), {"variables": abstract})["variables"]
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self.wait()
+        self._inner.close()
+
+
+def run_config(workdir: str | pathlib.Path) -> Config:
+    """The resolved config of a run. Raises `ConfigError` if there is no run."""
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"--workdir={workdir}: holds no run (no config.json); train one with experiments/train.py")
+    return load(str(path))
+
+
+def restore_run(workdir: str | pathlib.Path, trainer: Trainer) -> tuple[Any, int]:
+    """Variables of a run's newest checkpoint on the trainer's mesh, and their step. Raises `ConfigError` if none."""
+    checkpoints = None
+    if (pathlib.Path(workdir) / FOLDER).is_dir():
+        checkpoints = Checkpoints(pathlib.Path(workdir), 1)
+    step = checkpoints.latest_step() if checkpoints else None
+    if checkpoints is None or step is None:
+        raise ConfigError(f"--workdir={workdir}: holds no checkpoint yet; train further with experiments/train.py")
+    variables = checkpoints.restore_variables(trainer.abstract_state().variables())
+    checkpoints.close()
+    return variables, step
+
+
+def restore(workdir: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Model config and variables of a trained run, on one device: `Transformer(config).apply(variables, tokens)`."""
+    from dsv3_jax.config import MeshConfig
+    from dsv3_jax.sharding import make_mesh
+
+    config = run_config(workdir)
+    config.mesh = MeshConfig()
+    variables, _ = restore_run(workdir, Trainer(config, make_mesh(config.mesh)))
+    return config.model, jax.tree.map(np.asarray, variables)

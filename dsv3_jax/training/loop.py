@@ -1,0 +1,272 @@
+"""The training loop: starts or resumes a run in its folder, logs, evaluates, saves, stops when asked."""
+
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from dsv3_jax.config import Config, ConfigError, differences, from_json, to_json
+from dsv3_jax.data.pipeline import Dataset, load_dataset
+from dsv3_jax.evaluation.bits_per_byte import evaluate_rows, make_eval_step
+from dsv3_jax.sharding import make_mesh
+from dsv3_jax.training.checkpoints import Checkpoints, restore_run, run_config
+from dsv3_jax.training.step import Trainer, TrainState
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong and was stopped before it could damage the run."""
+
+
+class TrainResult(NamedTuple):
+    """state: the last. step: of it. finished: False if a signal stopped the run before `num_steps`."""
+
+    state: TrainState
+    step: int
+    finished: bool
+
+
+class StopSignal:
+    """While active, SIGTERM and Ctrl-C ask for a stop after the current step. A second Ctrl-C stops at once."""
+
+    def __enter__(self) -> "StopSignal":
+        self.asked = False
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _handle(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        print(f"\n{signal.Signals(number).name}: saving after this step", flush=True)
+
+    def __exit__(self, *exc):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one JSON object a step, and the same scalars for TensorBoard.
+
+    On opening, lines of steps after `step` (made after the checkpoint that is resumed from) are dropped.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        path, self.tokens_seen = workdir / "metrics.jsonl", 0
+        if path.exists():
+            kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
+            self.tokens_seen = json.loads(kept[-1])["tokens_seen"] if kept else 0
+            temporary = path.with_suffix(".part")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=True)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends one line."""
+        self._file.write(json.dumps({"step": step} | metrics) + "\n")
+        self._file.flush()
+        self.tokens_seen = metrics["tokens_seen"]
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes both files."""
+        self._file.close()
+        self._board.close()
+
+
+def _complete_lines(path: pathlib.Path) -> list[str]:
+    """Lines that end: a killed process may leave half a line."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in _complete_lines(pathlib.Path(workdir) / "metrics.jsonl")]
+
+
+def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
+    """Writes `config.json` into a new folder, or checks that the folder holds a run of the same config.
+
+    Raises:
+      ConfigError: the folder holds another run or other files. Nothing in it is changed then.
+    """
+    path = workdir / "config.json"
+    if path.is_file():
+        changed = differences(from_json(path.read_text()), config)
+        if changed:
+            name, (theirs, ours) = next(iter(changed.items()))
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ConfigError(
+                f"--workdir={workdir}: holds a run with config.{name}={theirs!r}, now {ours!r}{more}; use another "
+                "workdir, or the run's own config"
+            )
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise ConfigError(f"--workdir={workdir}: is not empty and holds no run (no config.json); use another folder")
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(to_json(config))
+    os.replace(temporary, path)
+
+
+def check_terms(step: int, metrics: dict[str, float], weights: dict[str, float]) -> None:
+    """Raises `TrainingError` for a loss that is not finite, or a term that is on and exactly zero."""
+    for name, value in metrics.items():
+        if (name.startswith("loss") or name == "grad_norm") and not math.isfinite(value):
+            raise TrainingError(f"step {step}: {name} is {value}; lower train.optimizer.learning_rate, or look at the data")
+    for name, weight in weights.items():
+        if weight and metrics[f"loss/{name}"] == 0:
+            raise TrainingError(f"step {step}: loss/{name} is on (weight {weight}) and exactly zero: it trains nothing")
+
+
+class Progress:
+    """One line with step, loss, rate and time left; rewritten in place on a terminal, else printed now and then."""
+
+    def __init__(self, total: int, every_seconds: float = 10.0):
+        self._total, self._every, self._last = total, every_seconds, -math.inf
+        self._live = sys.stdout.isatty()
+
+    def show(self, step: int, loss: float, rate: float, seconds_a_step: float) -> None:
+        """Shows a step."""
+        now = time.monotonic()
+        if not self._live and now - self._last < self._every and step != self._total:
+            return
+        self._last = now
+        left = (self._total - step) * seconds_a_step
+        line = (
+            f"step {step}/{self._total}  loss {loss:.4f}  {rate:,.0f} tokens/s  "
+            f"{int(left // 60)}:{int(left % 60):02d} left"
+        )
+        print(f"\r{line}\033[K" if self._live else line, end="" if self._live else "\n", flush=True)
+
+    def close(self) -> None:
+        """Ends the line."""
+        if self._live:
+            print()
+
+
+class _Clock:
+    """Steps, tokens and seconds of training since the last log line, saves and evaluation excluded."""
+
+    def __init__(self):
+        self.steps, self.tokens, self._start = 0, 0, time.perf_counter()
+
+    def count(self, tokens: int) -> None:
+        """One more step."""
+        self.steps += 1
+        self.tokens += tokens
+
+    def seconds(self) -> float:
+        """Since the first step began."""
+        return time.perf_counter() - self._start
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes time spent otherwise out of the count."""
+        self._start += seconds
+
+
+def _held_out(eval_step, state: TrainState, dataset: Dataset, config: Config) -> dict[str, float]:
+    result = {}
+    rows_a_batch = config.train.batch_size // config.train.microbatches
+    for name, rows in dataset.held_out.items():
+        measured = evaluate_rows(
+            eval_step, state.variables(), rows, dataset.tokenizer.bytes_V, rows_a_batch, config.train.eval_rows
+        )
+        result[f"held_out/{name}/loss"] = measured.loss
+        result[f"held_out/{name}/bits_per_byte"] = measured.bits_per_byte
+    return result
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def _start(trainer: Trainer, checkpoints: Checkpoints, iterator: Any, init_from: str | None) -> TrainState:
+    """The newest checkpoint, or a fresh state, with the weights of another run if asked."""
+    if checkpoints.latest_step() is not None:
+        return checkpoints.restore(trainer, iterator)
+    state = trainer.init(trainer.config.train.seed)
+    if init_from is not None:
+        variables, step = restore_run(init_from, trainer)
+        print(f"starting from step {step} of {init_from}", flush=True)
+        state = state.replace(params=variables["params"], selection_bias=variables["selection_bias"])
+    return state
+
+
+def train(
+    config: Config,
+    workdir: str | pathlib.Path,
+    init_from: str | None = None,
+    trainer: Trainer | None = None,
+    dataset: Dataset | None = None,
+) -> TrainResult:
+    """Trains until `config.train.num_steps`, or resumes what is in `workdir`.
+
+    Leaves `config.json`, `metrics.jsonl`, `checkpoints/` and TensorBoard files. A resumed run continues bit for bit.
+
+    Args:
+      init_from: the workdir of another run of the same model, whose weights a new run starts from.
+      trainer, dataset: reused if given, to compile and load once for several runs of one config.
+
+    Raises:
+      ConfigError: before anything in `workdir` is touched. TrainingError: a loss term is not finite, or silently off.
+    """
+    config.validate()
+    workdir = pathlib.Path(workdir)
+    trainer = trainer or Trainer(config, make_mesh(config.mesh))
+    dataset = dataset or load_dataset(config.data, config.model.vocab_size)
+    if init_from is not None and run_config(init_from).model != config.model:
+        raise ConfigError(f"--init_from={init_from}: its config.model differs from this run's; the weights do not fit")
+    claim_workdir(config, workdir)
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    iterator = dataset.iterator(config.train.batch_size)
+    state = _start(trainer, checkpoints, iterator, init_from)
+    step, last = int(state.step), config.train.num_steps
+    if step >= last:
+        print(f"{workdir}: already at step {step} of {last}; nothing to do (raise config.train.num_steps to go on)")
+        checkpoints.close()
+        return TrainResult(state, step, True)
+    if step:
+        print(f"{workdir}: resuming at step {step} of {last}", flush=True)
+    log, progress = MetricsLog(workdir, step), Progress(last)
+    eval_step, weights = make_eval_step(config, trainer.mesh), trainer.term_weights()
+    assert trainer.compiled is not None  # compile before the clock starts
+    with StopSignal() as stop:
+        try:
+            clock = _Clock()
+            while step < last and not stop.asked:
+                batch = next(iterator)
+                state, device_metrics = trainer.step(state, batch)
+                step += 1
+                clock.count(int((batch["segment_ids"] > 0).sum()))
+                evaluate_now = _due(step, config.train.eval_every, last)
+                if _due(step, config.train.log_every, last) or evaluate_now:
+                    metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+                    check_terms(step, metrics, weights)
+                    seconds = clock.seconds()
+                    metrics["tokens_per_second"] = clock.tokens / seconds
+                    metrics["tokens_seen"] = log.tokens_seen + clock.tokens
+                    progress.show(step, metrics["loss"], metrics["tokens_per_second"], seconds / clock.steps)
+                    if evaluate_now:
+                        metrics |= _held_out(eval_step, state, dataset, config)
+                    log.write(step, metrics)
+                    clock = _Clock()
+                if _due(step, config.train.checkpoint_every, last):
+                    jax.block_until_ready(state.step)
+                    before = time.perf_counter()
+                    checkpoints.save(state, iterator)
+                    clock.leave_out(time.perf_counter() - before)
+            checkpoints.save(state, iterator)
+        finally:
+            progress.close()
+            log.close()
+            checkpoints.close()
+    return TrainResult(state, step, step >= last)

@@ -1,0 +1,89 @@
+"""Times our code side by side with its peers: in one run, in alternation, as a ratio.
+
+Example:
+  .venv/bin/python experiments/benchmark.py --suite=train_step --output=/tmp/train_step.json
+"""
+
+import datetime
+import importlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+from absl import flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from dsv3_jax.command_line import run
+
+SUITES = ("train_step",)
+SUITE = flags.DEFINE_enum("suite", None, SUITES, "What to time.", required=True)
+CONFIG = flags.DEFINE_string("config", None, "A config file instead of the suite's own.")
+ROUNDS = flags.DEFINE_integer("rounds", 12, "Timed rounds; each contender runs once a round.", lower_bound=3)
+WARMUP = flags.DEFINE_integer("warmup", 3, "Rounds before that.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "A JSON file for the result.")
+
+
+def alternate(contenders: dict, warmup: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender's calls, one of each a round, so that drift of the machine meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(warmup + rounds):
+        for name, step in contenders.items():
+            start = time.perf_counter()
+            step()
+            if index >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+            time.sleep(0.1)  # idle threads of one library spin for a while: not on the other's time
+    return seconds
+
+
+def environment() -> dict[str, str]:
+    """Date, hardware and versions."""
+    import jax
+
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name):
+            versions[name] = importlib.metadata.version(name)
+    device = jax.devices()[0]
+    hardware = f"{device.platform} {device.device_kind}" if device.platform != "cpu" else f"CPU {platform.machine()}"
+    return {"date": str(datetime.date.today()), "hardware": hardware, "python": platform.python_version()} | versions
+
+
+def main() -> None:
+    """Flags -> suite -> table."""
+    suite = importlib.import_module(f"experiments.suites.{SUITE.value}")
+    work, contenders, notes = suite.contenders(CONFIG.value)
+    seconds = alternate(contenders, WARMUP.value, ROUNDS.value)
+    ours = next(iter(contenders))
+    rows = []
+    for name, times in seconds.items():
+        median, spread = statistics.median(times), statistics.quantiles(times, n=4)
+        ratio = statistics.median(theirs / mine for theirs, mine in zip(times, seconds[ours], strict=True))
+        rows.append(
+            {
+                "name": name,
+                suite.UNIT: work / median,
+                "seconds": median,
+                "quartiles": [spread[0], spread[2]],
+                "ours_over_this": ratio,
+            }
+        )
+    print("\n".join([*(f"{k}: {v}" for k, v in environment().items()), *notes]))
+    print(f"\n| contender | {suite.UNIT} | median s | quartiles s | ours is … times as fast |\n|---|---|---|---|---|")
+    for row in rows:
+        low, high = row["quartiles"]
+        print(
+            f"| {row['name']} | {row[suite.UNIT]:,.0f} | {row['seconds']:.3f} | {low:.3f} – {high:.3f} "
+            f"| {row['ours_over_this']:.2f} |"
+        )
+    if OUTPUT.value:
+        result = {"suite": SUITE.value, "environment": environment(), "notes": notes, "rows": rows}
+        pathlib.Path(OUTPUT.value).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""What benchmarks compare with: the only place that imports torch and transformers."""
