@@ -16,7 +16,7 @@ def get_config() -> c.Config:
         model=c.ModelConfig(
             vocab_size=4096,
             dim=128,
-            num_layers=4,
+            num_layers=3,
             num_dense_layers=1,
             dense_dim=384,
             attention=c.Attention(projection=latent),

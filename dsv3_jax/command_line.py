@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import app, flags
 
-from dsv3_jax.cache import enable_compilation_cache
+from dsv3_jax.runtime import tune_process
 from dsv3_jax.config import Config, ConfigError, load
 
 OVERRIDE = re.compile(r"--?config\.([\w.]+)(?:=(.*))?", re.DOTALL)
@@ -53,7 +53,7 @@ def run(main: Callable[[], Any]) -> None:
 
     def guarded(argv: Sequence[str]) -> Any:
         del argv
-        enable_compilation_cache()
+        tune_process()
         return main()
 
     sys.modules["__main__"].__doc__ = (sys.modules["__main__"].__doc__ or "").strip()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 
-from dsv3_jax.cache import cache_folder
+from dsv3_jax.runtime import cache_folder
 from dsv3_jax.config import ConfigError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from dsv3_jax.cache import cache_folder
+from dsv3_jax.runtime import cache_folder
 from dsv3_jax.config import ConfigError, DataConfig
 from dsv3_jax.data import corpora
 from dsv3_jax.data.packing import PackedRows, TokenFile

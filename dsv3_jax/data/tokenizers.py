@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 import tokenizers
 
-from dsv3_jax.cache import cache_folder
+from dsv3_jax.runtime import cache_folder
 from dsv3_jax.config import BpeTokenizer, ConfigError, DeepSeekTokenizer, TokenizerFile
 from dsv3_jax.config import Tokenizer as TokenizerConfig
 from dsv3_jax.data import packages

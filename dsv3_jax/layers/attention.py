@@ -66,15 +66,17 @@ class LatentProjection(nn.Module):
             q_BTHN = jnp.einsum("BTQ,QHN->BTHN", latent_BTQ, w_q_up_QHN)
         w_kv_down = weight(self, config, "w_kv_down", (D, C + R), (axes.FSDP_EMBED, None), D)
         w_kv_up = weight(self, config, "w_kv_up", (C, H, nope + M), up_axes, C)
-        down_BTX = jnp.einsum("BTD,DX->BTX", x_BTD, w_kv_down)
-        latent_BTC = RMSNorm(config.norm_epsilon, name="kv_norm")(down_BTX[..., :C])
-        up_BTHX = jnp.einsum("BTC,CHX->BTHX", latent_BTC, w_kv_up)
-        q_rope = apply_rope(q_BTHN[..., nope:], positions_BT, theta)
-        k_rope = apply_rope(down_BTX[..., None, C:], positions_BT, theta)
-        k_rope = jnp.broadcast_to(k_rope, (*up_BTHX.shape[:3], R))
-        q_BTHN = jnp.concatenate([q_BTHN[..., :nope], q_rope], axis=-1)
-        k_BTHN = jnp.concatenate([up_BTHX[..., :nope], k_rope], axis=-1)
-        return q_BTHN, k_BTHN, up_BTHX[..., nope:]
+        # jnp.split, not slices: its gradient is one concatenation.
+        latent_BTC, k_rope_BTR = jnp.split(jnp.einsum("BTD,DX->BTX", x_BTD, w_kv_down), [C], axis=-1)
+        latent_BTC = RMSNorm(config.norm_epsilon, name="kv_norm")(latent_BTC)
+        k_nope, v_BTHM = jnp.split(jnp.einsum("BTC,CHX->BTHX", latent_BTC, w_kv_up), [nope], axis=-1)
+        q_nope, q_rope = jnp.split(q_BTHN, [nope], axis=-1)
+        q_rope = apply_rope(q_rope, positions_BT, theta)
+        k_rope = apply_rope(k_rope_BTR[:, :, None], positions_BT, theta)
+        k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], R))
+        q_BTHN = jnp.concatenate([q_nope, q_rope], axis=-1)
+        k_BTHN = jnp.concatenate([k_nope, k_rope], axis=-1)
+        return q_BTHN, k_BTHN, v_BTHM
 
 
 class Attention(nn.Module):

@@ -6,6 +6,7 @@ second, small key set in the same softmax. The backward pass recomputes the prob
 (FlashAttention-2, Dao 2023, arXiv:2307.08691), so that memory is linear in T.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,8 +14,6 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import Pattern
 from dsv3_jax.ops.patterns import global_mask, global_positions, local_mask, lookback, same_document
-
-MAX_BLOCK = 128
 
 
 class Run(NamedTuple):
@@ -26,9 +25,13 @@ class Run(NamedTuple):
 
 
 def block_size(length: int, reach: int | None) -> int:
-    """Tokens a block: large enough for a matmul, no larger than the window or the row need."""
+    """Tokens a block: large enough for a matmul, no larger than the window or the row need.
+
+    With no bound on the look-back every block is a run of its own, so blocks grow with the row, to keep runs few.
+    """
+    largest = 128 if reach is not None else min(512, max(128, length // 4))
     block = 16
-    while block < MAX_BLOCK and block < length and (reach is None or block <= reach):
+    while block < largest and block < length and (reach is None or block <= reach):
         block *= 2
     return block
 
@@ -44,26 +47,41 @@ def plan_runs(num_blocks: int, block: int, reach: int | None) -> list[Run]:
 def _to_blocks(x_BT: jax.Array, block: int) -> jax.Array:
     """[B, T, ...] -> [B, blocks, block, ...], padded with zeros at the end (segment 0 is padding)."""
     B, T, *rest = x_BT.shape
-    padding = -T % block
-    x_BT = jnp.pad(x_BT, [(0, 0), (0, padding)] + [(0, 0)] * len(rest))
-    return x_BT.reshape(B, (T + padding) // block, block, *rest)
+    x_BT = jnp.pad(x_BT, [(0, 0), (0, -T % block)] + [(0, 0)] * len(rest))
+    return x_BT.reshape(B, -1, block, *rest)
 
 
-def _span(x_BnS: jax.Array, run: Run) -> jax.Array:
-    """Each query block's keys: [..., B, blocks, S, ...] on axes 1, 2 -> [B, count, length · S, ...]."""
+def _heads_first(x_BTHN: jax.Array, block: int, groups: int) -> jax.Array:
+    """[B, T, G · h, N] -> [B, G, blocks, h, block, N]: every product is then a plain batched matmul."""
+    B, T, H, N = x_BTHN.shape
+    x_BnSGhN = _to_blocks(x_BTHN.reshape(B, T, groups, H // groups, N), block)
+    return jnp.transpose(x_BnSGhN, (0, 3, 1, 4, 2, 5))
+
+
+def _heads_last(x_BGnhSN: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_heads_first`."""
+    B, G, n, h, S, N = x_BGnhSN.shape
+    return jnp.transpose(x_BGnhSN, (0, 2, 4, 1, 3, 5)).reshape(B, n * S, G * h, N)[:, :length]
+
+
+def _span(x_BGnS: jax.Array, run: Run) -> jax.Array:
+    """Each query block's keys: [B, G, blocks, S, ...] -> [B, G, count, length · S, ...]."""
     low = run.first - run.length + 1
-    shifted = [x_BnS[:, low + j : low + j + run.count] for j in range(run.length)]
-    stacked = jnp.stack(shifted, axis=2)
-    return stacked.reshape(*stacked.shape[:2], run.length * x_BnS.shape[2], *x_BnS.shape[3:])
+    if run.count == 1:
+        x = x_BGnS[:, :, low : run.first + 1]
+        return x.reshape(*x.shape[:2], 1, run.length * x.shape[3], *x.shape[4:])
+    return jnp.concatenate([x_BGnS[:, :, low + j : low + j + run.count] for j in range(run.length)], axis=3)
 
 
-def _add_span(total_BnS: jax.Array, span: jax.Array, run: Run) -> jax.Array:
+def _add_span(total_BGnSN: jax.Array, span: jax.Array, run: Run) -> jax.Array:
     """The transpose of `_span`: adds each block's share of `span` back."""
-    low, S = run.first - run.length + 1, total_BnS.shape[2]
+    low, S = run.first - run.length + 1, total_BGnSN.shape[3]
+    if run.count == 1:
+        return total_BGnSN.at[:, :, low : run.first + 1].add(span.reshape(*span.shape[:2], run.length, S, -1))
     for j in range(run.length):
-        block = span[:, :, j * S : (j + 1) * S]
-        total_BnS = total_BnS.at[:, low + j : low + j + run.count].add(block)
-    return total_BnS
+        block = span[:, :, :, j * S : (j + 1) * S]
+        total_BGnSN = total_BGnSN.at[:, :, low + j : low + j + run.count].add(block)
+    return total_BGnSN
 
 
 def _global_rows(pattern: Pattern, segments_BT: jax.Array, max_segments: int) -> tuple[jax.Array, ...]:
@@ -75,7 +93,67 @@ def _global_rows(pattern: Pattern, segments_BT: jax.Array, max_segments: int) ->
     wanted_P = jnp.repeat(ids, len(offsets))
     clipped_BP = jnp.minimum(rows_BP, segments_BT.shape[1] - 1)
     found = (rows_BP == clipped_BP) & (jnp.take_along_axis(segments_BT, clipped_BP, axis=1) == wanted_P)
-    return clipped_BP, jnp.tile(offsets, max_segments)[None], jnp.where(found, wanted_P, -1)
+    position_BP = jnp.broadcast_to(jnp.tile(offsets, max_segments), rows_BP.shape)
+    return clipped_BP, position_BP, jnp.where(found, wanted_P, -1)
+
+
+class _Blocks(NamedTuple):
+    """Inputs cut into blocks: q, k, v heads first; positions and segments [B, 1, n, S]; the global key set, if any."""
+
+    q_BGnhSN: jax.Array
+    k_BGnSN: jax.Array
+    v_BGnSM: jax.Array
+    positions_B1nS: jax.Array
+    segments_B1nS: jax.Array
+    rows_BP: jax.Array | None = None
+    k_global_BG1PN: jax.Array | None = None
+    v_global_BG1PM: jax.Array | None = None
+    positions_B11P: jax.Array | None = None
+    segments_B11P: jax.Array | None = None
+
+
+def _cut(q, k, v, positions, segments, pattern: Pattern, max_segments: int, block: int) -> _Blocks:
+    G = k.shape[2]
+    blocks = _Blocks(
+        _heads_first(q, block, G),
+        _heads_first(k, block, G)[:, :, :, 0],
+        _heads_first(v, block, G)[:, :, :, 0],
+        _to_blocks(positions, block)[:, None],
+        _to_blocks(segments, block)[:, None],
+    )
+    if not global_positions(pattern):
+        return blocks
+    rows_BP, positions_BP, segments_BP = _global_rows(pattern, segments, max_segments)
+
+    def pick(x_BTGN):
+        return jnp.swapaxes(jnp.take_along_axis(x_BTGN, rows_BP[..., None, None], axis=1), 1, 2)[:, :, None]
+
+    return blocks._replace(
+        rows_BP=rows_BP,
+        k_global_BG1PN=pick(k),
+        v_global_BG1PM=pick(v),
+        positions_B11P=positions_BP[:, None, None],
+        segments_B11P=segments_BP[:, None, None],
+    )
+
+
+def _key_sets(blocks: _Blocks, run: Run, pattern: Pattern, scale: float):
+    """For the local and then the global key set of a run: scores [B, G, count, h, S, keys], −inf where not visible;
+    keys [B, G, count or 1, keys, N]; values."""
+    at = slice(run.first, run.first + run.count)
+    q, q_position, q_segment = blocks.q_BGnhSN[:, :, at], blocks.positions_B1nS[:, :, at], blocks.segments_B1nS[:, :, at]
+
+    def key_set(keys, values, k_position, k_segment, allowed):
+        scores = jnp.einsum("BGchSN,BGcKN->BGchSK", q, keys, preferred_element_type=jnp.float32)
+        mask = allowed(pattern, q_position[..., None], k_position[..., None, :])
+        mask &= same_document(q_segment[..., None], k_segment[..., None, :])
+        return jnp.where(mask[:, :, :, None], scores * scale, -jnp.inf), keys, values
+
+    spans = (_span(x, run) for x in blocks[1:5])
+    sets = [key_set(*spans, local_mask)]
+    if blocks.rows_BP is not None:
+        sets.append(key_set(*(jnp.repeat(x, run.count, axis=2) for x in blocks[6:]), global_mask))
+    return sets
 
 
 def blocked_attention(
@@ -89,115 +167,76 @@ def blocked_attention(
     max_segments: int,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.windowed_attention`."""
-    B, T, H, N = q_BTHN.shape
-    G, M = k_BTGN.shape[2], v_BTGM.shape[3]
-    reach = lookback(pattern)
+    B, T, H, _ = q_BTHN.shape
+    G, reach = k_BTGN.shape[2], lookback(pattern)
     block = block_size(T, reach)
-    has_globals = bool(global_positions(pattern))
 
-    def masked(scores, q_position, q_segment, k_position, k_segment, allowed):
-        mask = allowed(pattern, q_position[..., None], k_position[..., None, :])
-        mask &= same_document(q_segment[..., None], k_segment[..., None, :])
-        return jnp.where(mask[:, :, None, None], scores, -jnp.inf)
-
-    def scores_of(run, q_BcSGhN, k_BnSGN, k_global_BPGN, positions_BnS, segments_BnS, global_rows):
-        """Scores [B, count, G, h, S, keys] over the span, then over the global set; −inf where not visible."""
-        rows = slice(run.first, run.first + run.count)
-        q_position, q_segment = positions_BnS[:, rows], segments_BnS[:, rows]
-        local = jnp.einsum("BcSGhN,BcKGN->BcGhSK", q_BcSGhN, _span(k_BnSGN, run), preferred_element_type=jnp.float32)
-        k_position, k_segment = _span(positions_BnS, run), _span(segments_BnS, run)
-        result = [masked(local * scale, q_position, q_segment, k_position, k_segment, local_mask)]
-        if has_globals:
-            _, k_position, k_segment = (x[:, None] for x in global_rows)
-            far = jnp.einsum("BcSGhN,BPGN->BcGhSP", q_BcSGhN, k_global_BPGN, preferred_element_type=jnp.float32)
-            result.append(masked(far * scale, q_position, q_segment, k_position, k_segment, global_mask))
-        return result
-
-    def prepare(q, k, v, positions, segments):
-        blocks = [_to_blocks(x, block) for x in (q.reshape(B, T, G, H // G, N), k, v, positions, segments)]
-        rows = _global_rows(pattern, segments, max_segments) if has_globals else None
-        pick = [jnp.take_along_axis(x, rows[0][..., None, None], axis=1) if rows else x[:, :0] for x in (k, v)]
-        return *blocks, *pick, rows
+    def runs(blocks):
+        return plan_runs(blocks.k_BGnSN.shape[2], block, reach)
 
     def forward(q, k, v, positions, segments):
-        q_BnSGhN, k_BnSGN, v_BnSGM, positions_BnS, segments_BnS, k_global, v_global, rows = prepare(
-            q, k, v, positions, segments
-        )
+        blocks = _cut(q, k, v, positions, segments, pattern, max_segments, block)
         outs, lses = [], []
-        for run in plan_runs(k_BnSGN.shape[1], block, reach):
-            q_run = q_BnSGhN[:, run.first : run.first + run.count]
-            parts = scores_of(run, q_run, k_BnSGN, k_global, positions_BnS, segments_BnS, rows)
-            peak = jnp.max(parts[0], axis=-1, keepdims=True)
-            for part in parts[1:]:
-                peak = jnp.maximum(peak, jnp.max(part, axis=-1, keepdims=True))
+        for run in runs(blocks):
+            sets = _key_sets(blocks, run, pattern, scale)
+            peak = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s, _, _ in sets])
             peak = jnp.where(jnp.isfinite(peak), peak, 0)
-            exps = [jnp.exp(part - peak) for part in parts]
+            exps = [jnp.exp(scores - peak) for scores, _, _ in sets]
             total = sum(jnp.sum(exp, axis=-1, keepdims=True) for exp in exps)
-            inverse = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
-            values = [("BcGhSK,BcKGM->BcSGhM", _span(v_BnSGM, run)), ("BcGhSK,BKGM->BcSGhM", v_global)]
             out = sum(
-                jnp.einsum(equation, (exp * inverse).astype(v.dtype), value, preferred_element_type=jnp.float32)
-                for exp, (equation, value) in zip(exps, values, strict=False)
+                jnp.einsum("BGchSK,BGcKM->BGchSM", exp.astype(v.dtype), values, preferred_element_type=jnp.float32)
+                for exp, (_, _, values) in zip(exps, sets, strict=True)
             )
-            outs.append(out.astype(v.dtype))
+            outs.append(jnp.where(total > 0, out / jnp.where(total > 0, total, 1), 0).astype(v.dtype))
             lses.append((peak + jnp.log(total))[..., 0])
-        out_BTHM = jnp.concatenate(outs, axis=1).reshape(B, -1, H, M)[:, :T]
-        lse_BnGhS = jnp.concatenate(lses, axis=1)
-        if has_globals:
-            out_BTHM = jnp.where((segments > max_segments)[..., None, None], jnp.nan, out_BTHM).astype(v.dtype)
-        return out_BTHM, lse_BnGhS
-
-    def to_BHT(lse_BnGhS):
-        return jnp.moveaxis(lse_BnGhS, 1, 3).reshape(B, H, -1)[..., :T]
+        out_BGnhSM, lse_BGnhS = jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
+        if blocks.rows_BP is not None:
+            beyond = (blocks.segments_B1nS > max_segments)[:, :, :, None, :, None]
+            out_BGnhSM = jnp.where(beyond, jnp.nan, out_BGnhSM).astype(v.dtype)
+        lse_BHT = jnp.moveaxis(lse_BGnhS, 2, 3).reshape(B, H, -1)[..., :T]
+        return (_heads_last(out_BGnhSM, T), lse_BHT), (out_BGnhSM, lse_BGnhS)
 
     @jax.custom_vjp
-    def attend(q, k, v, positions, segments):
-        out, lse = forward(q, k, v, positions, segments)
-        return out, to_BHT(lse)
+    def attend(*inputs):
+        return forward(*inputs)[0]
 
-    def attend_forward(q, k, v, positions, segments):
-        out, lse = forward(q, k, v, positions, segments)
-        return (out, to_BHT(lse)), (q, k, v, positions, segments, out, lse)
+    def attend_forward(*inputs):
+        result, saved = forward(*inputs)
+        return result, (inputs, saved)
 
     def attend_backward(saved, cotangents):
-        q, k, v, positions, segments, out, lse_BnGhS = saved
-        dout_BTHM, dlse_BHT = cotangents
-        q_BnSGhN, k_BnSGN, v_BnSGM, positions_BnS, segments_BnS, k_global, v_global, rows = prepare(
-            q, k, v, positions, segments
-        )
-        dout_BnSGhM = _to_blocks(dout_BTHM.reshape(B, T, G, H // G, M), block)
+        inputs, (out_BGnhSM, lse_BGnhS) = saved
+        q, k, v = inputs[:3]
+        blocks = _cut(*inputs, pattern, max_segments, block)
+        dout_BGnhSM = _heads_first(cotangents[0], block, G)
+        dlse_BGnhS = _heads_first(jnp.moveaxis(cotangents[1], 1, 2)[..., None], block, G)[..., 0]
         # d scores = p · (dout · v − Σ dout · out + dlse)
-        delta_BTH = jnp.sum(dout_BTHM.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-        delta_BnSGh = _to_blocks((delta_BTH - jnp.moveaxis(dlse_BHT, 1, 2)).reshape(B, T, G, H // G), block)
-        delta_BnGhS = jnp.moveaxis(delta_BnSGh, 2, 4)
-        lse_BnGhS = jnp.where(jnp.isfinite(lse_BnGhS), lse_BnGhS, 0)
-        dk, dv = jnp.zeros(k_BnSGN.shape, jnp.float32), jnp.zeros(v_BnSGM.shape, jnp.float32)
-        dk_global, dv_global = jnp.zeros(k_global.shape, jnp.float32), jnp.zeros(v_global.shape, jnp.float32)
-        dqs = []
-        for run in plan_runs(k_BnSGN.shape[1], block, reach):
+        delta_BGnhS = jnp.sum(dout_BGnhSM.astype(jnp.float32) * out_BGnhSM.astype(jnp.float32), axis=-1) - dlse_BGnhS
+        lse_BGnhS = jnp.where(jnp.isfinite(lse_BGnhS), lse_BGnhS, 0)
+        dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (blocks.k_BGnSN, blocks.v_BGnSM))
+        dqs, dk_global, dv_global = [], 0.0, 0.0
+        for run in runs(blocks):
             at = slice(run.first, run.first + run.count)
-            q_run, dout_run = q_BnSGhN[:, at], dout_BnSGhM[:, at]
-            parts = scores_of(run, q_run, k_BnSGN, k_global, positions_BnS, segments_BnS, rows)
-            key_sets = [(_span(k_BnSGN, run), _span(v_BnSGM, run), "BcK"), (k_global, v_global, "BK")]
-            dq = jnp.zeros(q_run.shape, jnp.float32)
-            for index, (part, (keys, values, axes)) in enumerate(zip(parts, key_sets, strict=False)):
-                p = jnp.exp(part - lse_BnGhS[:, at, ..., None])
-                dp = jnp.einsum(f"BcSGhM,{axes}GM->BcGhSK", dout_run, values, preferred_element_type=jnp.float32)
-                ds = (p * (dp - delta_BnGhS[:, at, ..., None]) * scale).astype(q.dtype)
+            q_run, dout_run = blocks.q_BGnhSN[:, :, at], dout_BGnhSM[:, :, at]
+            dq, dkeys, dvalues = 0.0, [], []
+            for scores, keys, values in _key_sets(blocks, run, pattern, scale):
+                p = jnp.exp(scores - lse_BGnhS[:, :, at, ..., None])
+                dp = jnp.einsum("BGchSM,BGcKM->BGchSK", dout_run, values, preferred_element_type=jnp.float32)
+                ds = (p * (dp - delta_BGnhS[:, :, at, ..., None]) * scale).astype(q.dtype)
                 p = p.astype(q.dtype)
-                dq += jnp.einsum(f"BcGhSK,{axes}GN->BcSGhN", ds, keys, preferred_element_type=jnp.float32)
-                dkeys = jnp.einsum(f"BcGhSK,BcSGhN->{axes}GN", ds, q_run, preferred_element_type=jnp.float32)
-                dvalues = jnp.einsum(f"BcGhSK,BcSGhM->{axes}GM", p, dout_run, preferred_element_type=jnp.float32)
-                if index == 0:
-                    dk, dv = _add_span(dk, dkeys, run), _add_span(dv, dvalues, run)
-                else:
-                    dk_global, dv_global = dk_global + dkeys, dv_global + dvalues
+                dq += jnp.einsum("BGchSK,BGcKN->BGchSN", ds, keys, preferred_element_type=jnp.float32)
+                dkeys.append(jnp.einsum("BGchSK,BGchSN->BGcKN", ds, q_run, preferred_element_type=jnp.float32))
+                dvalues.append(jnp.einsum("BGchSK,BGchSM->BGcKM", p, dout_run, preferred_element_type=jnp.float32))
             dqs.append(dq)
-        dq_BTHN = jnp.concatenate(dqs, axis=1).reshape(B, -1, H, N)[:, :T]
-        dk_BTGN, dv_BTGM = dk.reshape(B, -1, G, N)[:, :T], dv.reshape(B, -1, G, M)[:, :T]
-        if rows:
-            batch = jnp.arange(B)[:, None]
-            dk_BTGN, dv_BTGM = dk_BTGN.at[batch, rows[0]].add(dk_global), dv_BTGM.at[batch, rows[0]].add(dv_global)
+            dk, dv = _add_span(dk, dkeys[0], run), _add_span(dv, dvalues[0], run)
+            if len(dkeys) > 1:
+                dk_global, dv_global = dk_global + jnp.sum(dkeys[1], axis=2), dv_global + jnp.sum(dvalues[1], axis=2)
+        dq_BTHN = _heads_last(jnp.concatenate(dqs, axis=2), T)
+        dk_BTGN, dv_BTGM = (_heads_last(x[:, :, :, None], T) for x in (dk, dv))
+        if blocks.rows_BP is not None:
+            index = (jnp.arange(B)[:, None], blocks.rows_BP)
+            dk_BTGN = dk_BTGN.at[index].add(jnp.swapaxes(dk_global, 1, 2))
+            dv_BTGM = dv_BTGM.at[index].add(jnp.swapaxes(dv_global, 1, 2))
         return dq_BTHN.astype(q.dtype), dk_BTGN.astype(k.dtype), dv_BTGM.astype(v.dtype), None, None
 
     attend.defvjp(attend_forward, attend_backward)
