@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from dsv3_jax.runtime import tune_process
 from dsv3_jax.config import Config, ConfigError, load
@@ -40,6 +40,11 @@ def load_config(path: str) -> Config:
     return load(path, _overrides)
 
 
+def config_overrides() -> list[tuple[str, str]]:
+    """This command's `--config.PATH=VALUE` settings, in order."""
+    return list(_overrides)
+
+
 def run(main: Callable[[], Any]) -> None:
     """Parses flags and calls `main`. What the user can mend ends as one line on stderr and exit code 1 or 2."""
 
@@ -53,6 +58,7 @@ def run(main: Callable[[], Any]) -> None:
 
     def guarded(argv: Sequence[str]) -> Any:
         del argv
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it renames
         tune_process()
         return main()
 

@@ -189,11 +189,13 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def _start(trainer: Trainer, checkpoints: Checkpoints, iterator: Any, init_from: str | None) -> TrainState:
+def _start(
+    trainer: Trainer, checkpoints: Checkpoints, iterator: Any, seed: int, init_from: str | None
+) -> TrainState:
     """The newest checkpoint, or a fresh state, with the weights of another run if asked."""
     if checkpoints.latest_step() is not None:
         return checkpoints.restore(trainer, iterator)
-    state = trainer.init(trainer.config.train.seed)
+    state = trainer.init(seed)
     if init_from is not None:
         variables, step = restore_run(init_from, trainer)
         print(f"starting from step {step} of {init_from}", flush=True)
@@ -228,7 +230,7 @@ def train(
     claim_workdir(config, workdir)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     iterator = dataset.iterator(config.train.batch_size)
-    state = _start(trainer, checkpoints, iterator, init_from)
+    state = _start(trainer, checkpoints, iterator, config.train.seed, init_from)
     step, last = int(state.step), config.train.num_steps
     if step >= last:
         print(f"{workdir}: already at step {step} of {last}; nothing to do (raise config.train.num_steps to go on)")

@@ -1,0 +1,1 @@
+"""Grid -> runs -> rows -> table and plots."""

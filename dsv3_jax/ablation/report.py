@@ -1,0 +1,159 @@
+"""The table of an ablation in Markdown and CSV, and its plots."""
+
+import csv
+import datetime
+import importlib.metadata
+import math
+import pathlib
+import platform
+
+import jax
+import numpy as np
+from scipy import stats
+
+from dsv3_jax.ablation.runner import Row, write_rows
+from dsv3_jax.config import Ablation
+
+
+def smallest_effect(rows: list[Row]) -> float:
+    """The smallest difference of two rows' means that a two-sided t-test at 5 % would call one, with the pooled spread.
+
+    t(0.975, Σ (n − 1)) · s_pooled · sqrt(2 / n); infinite with one seed a row.
+    """
+    samples = [row.quality() for row in rows if len(row.quality()) > 1]
+    freedom = sum(len(sample) - 1 for sample in samples)
+    if not freedom:
+        return math.inf
+    pooled = math.sqrt(sum(np.var(sample, ddof=1) * (len(sample) - 1) for sample in samples) / freedom)
+    seeds = float(np.mean([len(sample) for sample in samples]))
+    return float(stats.t.ppf(0.975, freedom)) * pooled * math.sqrt(2 / seeds)
+
+
+def verdict(row: Row, baseline: Row, effect: float) -> str:
+    """What the table may say of a row."""
+    if row.error:
+        return f"failed: {row.error}"
+    if row is baseline:
+        return "baseline"
+    if not baseline.quality():
+        return "no baseline"
+    difference = float(np.mean(row.quality()) - np.mean(baseline.quality()))
+    if abs(difference) < effect:
+        return "inconclusive at this scale"
+    return "worse" if difference > 0 else "better"
+
+
+def _cells(row: Row, baseline: Row, effect: float) -> dict[str, str]:
+    quality = row.quality()
+    cells = {"row": row.name}
+    if not quality:
+        return cells | {"verdict": verdict(row, baseline, effect)}
+    spread = f" ± {np.std(quality, ddof=1):.4f}" if len(quality) > 1 else ""
+    cells["bits/byte"] = f"{np.mean(quality):.4f}{spread}"
+    for domain, values in row.bits_per_byte.items():
+        cells[f"{domain}"] = f"{np.mean(values):.4f}"
+    if not row.error:
+        cells |= {
+            "parameters": f"{row.parameters / 1e6:.2f}M",
+            "active": f"{row.active_parameters / 1e6:.2f}M",
+            "MFLOP/token": f"{row.flops_a_token / 1e6:.2f}",
+            "MFLOP/token (XLA)": f"{row.hlo_flops_a_token / 1e6:.2f}",
+            "peak MiB (XLA)": f"{row.peak_bytes / 2**20:.0f}",
+            "tokens/s": f"{row.tokens_per_second:,.0f}",
+        }
+    return cells | {"verdict": verdict(row, baseline, effect)}
+
+
+def markdown(ablation: Ablation, rows: list[Row], command: str) -> str:
+    """The table with what is needed to read it: budget, hardware, smallest effect."""
+    baseline = next(row for row in rows if row.name == ablation.baseline)
+    effect = smallest_effect(rows)
+    table = [_cells(row, baseline, effect) for row in rows]
+    columns = list(dict.fromkeys(column for cells in table for column in cells if column != "verdict")) + ["verdict"]
+    config = ablation.rows[ablation.baseline]
+    tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
+    device = jax.devices()[0]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
+    lines = [f"# {ablation.title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(cells.get(column, "") for column in columns) + " |" for cells in table]
+    flops = {row.name: row.flops_a_token * tokens for row in rows if row.flops_a_token}
+    ledger = ", ".join(f"{name} {value / 1e12:.2f}" for name, value in flops.items())
+    lines += [
+        "",
+        f"- Quality: held-out bits per byte, mean over domains, mean ± standard deviation over {len(ablation.seeds)} "
+        "seeds. Lower is better.",
+        f"- Budget: {config.train.num_steps} steps of {config.train.batch_size} × {config.data.sequence_length} "
+        f"positions = {tokens:,} a run, the same tokens for every run.",
+        f"- FLOP ledger (TFLOP a run, analytic, visible keys only): {ledger}.",
+        f"- Smallest difference from the baseline this table could have seen (t-test, 5 %): {effect:.4f} bits per byte. "
+        "The A/A row is the baseline with other seeds.",
+        "- MFLOP/token: of a training step; analytic, and counted in XLA's program with loops multiplied by their trips "
+        "(it includes masked parts of blocks and recomputation). Tokens/s: median, from a pass that runs alone, rows in "
+        "alternation.",
+        f"- {datetime.date.today()}, {device.platform} {device.device_kind} {platform.machine()}, "
+        f"Python {platform.python_version()}, {versions}.",
+        f"- Again: `{command}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_csv(ablation: Ablation, rows: list[Row], path: pathlib.Path) -> None:
+    """One line a row and seed, numbers in full."""
+    domains = sorted({domain for row in rows for domain in row.bits_per_byte})
+    costs = ["parameters", "active_parameters", "flops_a_token", "hlo_flops_a_token", "peak_bytes", "tokens_per_second"]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "seed", "bits_per_byte", *domains, *costs, "error"])
+        for row in rows:
+            quality = row.quality()
+            for index, seed in enumerate(row.seeds):
+                values = [row.bits_per_byte.get(domain, []) for domain in domains]
+                known = [f"{v[index]:.6f}" if index < len(v) else "" for v in [quality, *values]]
+                writer.writerow([row.name, seed, *known, *(getattr(row, cost) for cost in costs), row.error])
+
+
+def plot(ablation: Ablation, rows: list[Row], path: pathlib.Path) -> None:
+    """Left: training loss against tokens, mean over seeds. Right: held-out quality against FLOPs a token."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for index, row in enumerate(row for row in rows if row.curves and not row.error):
+        colour = f"C{index}"
+        curves = np.asarray(row.curves)  # [seeds, steps, 2]
+        tokens, loss = curves[0, :, 0], _smooth(curves[:, :, 1].mean(axis=0))
+        left.plot(tokens, loss, color=colour, label=row.name)
+        quality = row.quality()
+        cost = row.flops_a_token / 1e6
+        right.errorbar(cost, np.mean(quality), np.std(quality, ddof=1) if len(quality) > 1 else 0, fmt="o", color=colour)
+        right.annotate(row.name, (cost, float(np.mean(quality))), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    left.set(xlabel="tokens", ylabel="training loss (nats/token)", title=ablation.title)
+    left.legend(fontsize=8)
+    right.set(xlabel="training MFLOP per token", ylabel="held-out bits per byte", title="quality against cost")
+    right.margins(x=0.25, y=0.2)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _smooth(values: np.ndarray, window: int = 5) -> np.ndarray:
+    """Trailing mean over up to `window` steps."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    index = np.arange(1, len(values) + 1)
+    start = np.maximum(index - window, 0)
+    return (sums[index] - sums[start]) / (index - start)
+
+
+def write_report(ablation: Ablation, rows: list[Row], workdir: pathlib.Path, name: str, command: str) -> str:
+    """Writes `NAME.md`, `NAME.csv`, `NAME.png` and `rows.jsonl`; returns the Markdown."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    text = markdown(ablation, rows, command)
+    (workdir / f"{name}.md").write_text(text)
+    write_csv(ablation, rows, workdir / f"{name}.csv")
+    plot(ablation, rows, workdir / f"{name}.png")
+    write_rows(rows, workdir / "rows.jsonl")
+    return text

@@ -1,0 +1,165 @@
+"""Runs an ablation: every row with every seed, then a timing pass that runs alone."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3_jax.config import Ablation, Config, ConfigError, to_json
+from dsv3_jax.data.pipeline import Dataset, load_dataset
+from dsv3_jax.planning.flops import count_parameters, training_flops
+from dsv3_jax.planning.hlo import count_flops
+from dsv3_jax.sharding import make_mesh
+from dsv3_jax.training.loop import read_metrics, train
+from dsv3_jax.training.step import Trainer
+
+AA_SEED_OFFSET = 1000  # seeds of the second copy of the baseline
+
+
+class Interrupted(RuntimeError):
+    """A signal stopped the ablation; the same command goes on where it stopped."""
+
+
+@dataclasses.dataclass
+class Row:
+    """One row of the table. Values by seed; `error` says why a failed run failed."""
+
+    name: str
+    seeds: list[int]
+    bits_per_byte: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # by domain
+    curves: list[list[tuple[float, float]]] = dataclasses.field(default_factory=list)  # (tokens seen, training loss)
+    parameters: int = 0
+    active_parameters: int = 0
+    flops_a_token: float = 0.0
+    hlo_flops_a_token: float = 0.0
+    peak_bytes: int = 0
+    tokens_per_second: float = 0.0
+    error: str = ""
+
+    def quality(self) -> list[float]:
+        """Bits per byte averaged over domains, by seed."""
+        return np.mean(list(self.bits_per_byte.values()), axis=0).tolist() if self.bits_per_byte else []
+
+
+class _Shared:
+    """Trainers and datasets, made once for all runs that can share them."""
+
+    def __init__(self):
+        self._trainers: dict[str, Trainer] = {}
+        self._datasets: dict[str, Dataset] = {}
+
+    def trainer(self, config: Config) -> Trainer:
+        seedless = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
+        key = to_json(seedless)
+        if key not in self._trainers:
+            self._trainers[key] = Trainer(seedless, make_mesh(config.mesh))
+        return self._trainers[key]
+
+    def dataset(self, config: Config) -> Dataset:
+        key = repr((config.data, config.model.vocab_size))
+        if key not in self._datasets:
+            self._datasets[key] = load_dataset(config.data, config.model.vocab_size)
+        return self._datasets[key]
+
+
+def run_ablation(ablation: Ablation, workdir: str | pathlib.Path) -> list[Row]:
+    """Runs what is missing and returns the rows; the second is the A/A row.
+
+    A finished run is skipped, an interrupted one resumed. A run that raises is reported in its row, and tried again
+    by the next call.
+
+    Raises:
+      Interrupted: SIGTERM or Ctrl-C; the current run was saved.
+    """
+    workdir, shared = pathlib.Path(workdir), _Shared()
+    rows = []
+    for name, config in ablation.rows.items():
+        rows.append(_train_row(Row(name, list(ablation.seeds)), config, workdir, shared))
+        if name == ablation.baseline:
+            again = Row(f"{name} (A/A)", [seed + AA_SEED_OFFSET for seed in ablation.seeds])
+            rows.append(_train_row(again, config, workdir, shared))
+    _time_rows(rows, ablation, shared)
+    return rows
+
+
+def _train_row(row: Row, config: Config, workdir: pathlib.Path, shared: _Shared) -> Row:
+    for seed in row.seeds:
+        folder = workdir / "runs" / re.sub(r"[^\w.+-]+", "_", row.name) / f"seed{seed}"
+        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        print(f"--- {row.name}, seed {seed}: {folder}", flush=True)
+        try:
+            seeded.validate()
+            if not (config.train.eval_every and config.train.log_every):
+                raise ConfigError("config.train.eval_every=0: an ablation needs the held-out loss at the end")
+            result = train(seeded, folder, trainer=shared.trainer(config), dataset=shared.dataset(config))
+        except Exception as error:  # whatever it is, the other rows go on and the table says so
+            row.error = f"seed {seed}: {type(error).__name__}: {error}".splitlines()[0]
+            print(f"failed: {row.error}", flush=True)
+            continue
+        if not result.finished:
+            raise Interrupted(f"stopped in {folder}; the same command goes on there")
+        _read_run(row, folder)
+    if not row.error:
+        _static_costs(row, config, shared.trainer(config))
+    return row
+
+
+def _read_run(row: Row, folder: pathlib.Path) -> None:
+    lines = read_metrics(folder)
+    row.curves.append([(line["tokens_seen"], line["loss/lm"]) for line in lines])
+    for key, value in lines[-1].items():
+        if key.startswith("held_out/") and key.endswith("/bits_per_byte"):
+            row.bits_per_byte.setdefault(key.split("/")[1], []).append(value)
+
+
+def _static_costs(row: Row, config: Config, trainer: Trainer) -> None:
+    row.parameters, row.active_parameters = count_parameters(config.model)
+    row.flops_a_token = training_flops(config.model, config.data.sequence_length)
+    tokens = config.train.batch_size * config.data.sequence_length
+    row.hlo_flops_a_token = count_flops(trainer.compiled.as_text()).flops / tokens
+    memory = trainer.compiled.memory_analysis()
+    if memory is not None:
+        live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        row.peak_bytes = memory.temp_size_in_bytes + live
+
+
+def _time_rows(rows: list[Row], ablation: Ablation, shared: _Shared) -> None:
+    """Tokens per second of each row's step on real batches, rows in alternation, nothing else running."""
+    print("--- timing", flush=True)
+    running: dict[str, tuple[Trainer, Any, Any]] = {}
+    for row in rows:
+        if not row.error:
+            config = ablation.rows[row.name.removesuffix(" (A/A)")]
+            trainer = shared.trainer(config)
+            running[row.name] = (trainer, trainer.init(0), shared.dataset(config).iterator(config.train.batch_size))
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    tokens: dict[str, list[int]] = {name: [] for name in running}
+    for round_index in range(ablation.timing_steps + 1):
+        for name, (trainer, state, iterator) in running.items():
+            batch = next(iterator)
+            start = time.perf_counter()
+            state, metrics = trainer.step(state, batch)
+            jax.block_until_ready(metrics)
+            if round_index:
+                seconds[name].append(time.perf_counter() - start)
+                tokens[name].append(int((batch["segment_ids"] > 0).sum()))
+            running[name] = (trainer, state, iterator)
+    for row in rows:
+        if row.name in seconds:
+            rates = [count / second for count, second in zip(tokens[row.name], seconds[row.name], strict=True)]
+            row.tokens_per_second = float(np.median(rates))
+
+
+def write_rows(rows: list[Row], path: pathlib.Path) -> None:
+    """`rows.jsonl`: one object a row, without the curves."""
+    lines = []
+    for row in rows:
+        record = dataclasses.asdict(row)
+        record.pop("curves")
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines))

@@ -1,0 +1,47 @@
+"""Runs an ablation table: configs/ablations/NAME.py, every row with every seed, then the report.
+
+Example:
+  .venv/bin/python experiments/ablate.py --table=attention --workdir=/tmp/attention
+
+Finished runs are skipped, an interrupted one is resumed: the same command goes on. --config.PATH=VALUE sets a field of
+every row. Writes WORKDIR/NAME.md, NAME.csv, NAME.png and rows.jsonl.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from dsv3_jax.command_line import config_overrides, run
+from dsv3_jax.config import ConfigError, load_ablation
+
+TABLES = pathlib.Path(__file__).resolve().parent.parent / "configs" / "ablations"
+TABLE = flags.DEFINE_string("table", None, "A file of configs/ablations, without .py.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the table's runs and report.", required=True)
+
+
+def main() -> None:
+    """Flags -> ablation -> one call."""
+    path = TABLES / f"{TABLE.value}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in TABLES.glob("*.py")))
+        raise ConfigError(f"--table={TABLE.value}: no such table; there are: {known}")
+    overrides = config_overrides()
+    ablation = load_ablation(str(path), overrides)
+    from dsv3_jax.ablation.report import write_report
+    from dsv3_jax.ablation.runner import Interrupted, run_ablation
+
+    try:
+        rows = run_ablation(ablation, WORKDIR.value)
+    except Interrupted as stop:
+        print(stop)
+        return
+    settings = "".join(f" --config.{name}={value}" for name, value in overrides)
+    command = f".venv/bin/python experiments/ablate.py --table={TABLE.value} --workdir=W{settings}"
+    print(write_report(ablation, rows, pathlib.Path(WORKDIR.value), TABLE.value, command))
+    if any(row.error for row in rows):
+        sys.exit("error: some runs failed; the table says which. The same command tries them again.")
+
+
+if __name__ == "__main__":
+    run(main)
