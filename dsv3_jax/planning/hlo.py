@@ -10,6 +10,7 @@ from typing import NamedTuple
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"^\w+\[([\d,]*)\]")
+_COMMENT = re.compile(r"/\*.*?\*/")
 _OPCODE = re.compile(r"^(?:\([^=]*?\)|\S+) ([\w\-]+)\(")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
@@ -66,7 +67,7 @@ def _parse(text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
             current = header.group(2)
             computations[current] = []
             entry = current if header.group(1) else entry
-        elif current and (instruction := _INSTRUCTION.match(line)):
+        elif current and (instruction := _INSTRUCTION.match(_COMMENT.sub("", line))):
             computations[current].append((instruction.group(1), instruction.group(2)))
     if not entry:
         raise ValueError("no ENTRY computation: expected the text of a compiled HLO module")

@@ -1,0 +1,124 @@
+"""Configs: overrides, JSON, and one clear line for what cannot run."""
+
+import pathlib
+
+import pytest
+
+from dsv3_jax import config as c
+from tests.conftest import tiny_config, tiny_model
+
+pytestmark = pytest.mark.quick
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def test_overrides_choose_union_members_and_set_their_fields():
+    config = c.Config()
+    for path, text in [
+        ("model.attention.pattern", "windowed"),
+        ("model.attention.pattern.window", "64"),
+        ("model.attention.pattern.global_positions", "(0, 5)"),
+        ("model.attention.projection.query_latent_dim", "none"),
+        ("train.optimizer.learning_rate", "1e-4"),
+        ("data.domains.1.weight", "2"),
+        ("model.tie_embeddings", "true"),
+    ]:
+        c.apply_override(config, path, text)
+    assert config.model.attention.pattern == c.Windowed(64, (0, 5))
+    assert config.model.attention.projection.query_latent_dim is None
+    assert config.train.optimizer.learning_rate == 1e-4
+    assert config.data.domains[1].weight == 2.0
+    assert config.model.tie_embeddings is True
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "says"),
+    [
+        ("model.dmi", "3", "did you mean 'dim'"),
+        ("model.attention.pattern.window", "64", "(full) has no field 'window'"),
+        ("model.attention.pattern", "sliding", "full | windowed | segmented"),
+        ("model.num_layers", "two", "must be of type int"),
+        ("data.domains.7.weight", "1", "has 2 elements"),
+        ("train.seed.x", "1", "which has no field 'x'"),
+    ],
+)
+def test_a_wrong_override_names_the_field_and_what_is_possible(path, text, says):
+    with pytest.raises(c.ConfigError) as error:
+        c.apply_override(c.Config(), path, text)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "says"),
+    [
+        ("model.attention.projection", "grouped_query", None),
+        ("model.attention.pattern", "windowed", None),
+        ("model.moe.router.top_k", "100", "must be at most"),
+        ("model.moe.router.top_groups", "9", "at most num_groups"),
+        ("model.moe.router.num_groups", "16", "two best"),
+        ("model.moe.num_experts", "15", "multiple of router.num_groups"),
+        ("model.num_dense_layers", "9", "between 0 and model.num_layers"),
+        ("model.compute_dtype", "float8", "must be one of float32, bfloat16"),
+        ("train.microbatches", "3", "multiple of train.microbatches"),
+        ("train.schedule.warmup_steps", "999", "at least the 999 steps"),
+        ("mesh.data", "3", "must split over"),
+        ("mesh.pipeline", "2", "no pipeline parallelism yet"),
+        ("data.tokenizer.vocab_size", "9000", "at most model.vocab_size"),
+        ("data.tokenizer.vocab_size", "10", "at least 259"),
+        ("data.held_out_fraction", "0", "between 0 and 1"),
+        ("model.moe", "none", "must equal model.num_layers"),
+    ],
+)
+def test_validate_refuses_what_cannot_run(path, text, says):
+    config = c.Config()
+    c.apply_override(config, path, text)
+    if says is None:
+        assert config.validate() is config
+        return
+    with pytest.raises(c.ConfigError) as error:
+        config.validate()
+    assert says in str(error.value) and "config." in str(error.value)
+
+
+def test_validate_refuses_windows_of_nothing_and_heads_that_do_not_divide():
+    with pytest.raises(c.ConfigError, match="window=0: must be at least 1"):
+        c.Config(model=tiny_model(attention=c.Attention(pattern=c.Windowed(0)))).validate()
+    with pytest.raises(c.ConfigError, match="distinct"):
+        c.Config(model=tiny_model(attention=c.Attention(pattern=c.Windowed(4, (1, 1))))).validate()
+    with pytest.raises(c.ConfigError, match="multiple of num_kv_heads=3"):
+        c.Config(model=tiny_model(attention=c.Attention(projection=c.GroupedQuery(4, 3, 8)))).validate()
+
+
+def test_a_value_of_the_wrong_type_set_in_python_is_refused():
+    config = c.Config()
+    config.model.dim = "256"
+    with pytest.raises(c.ConfigError, match=r"config.model.dim='256': must be of type int"):
+        config.validate()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_validates_and_survives_json(path):
+    config = c.load(str(path))
+    assert c.from_json(c.to_json(config)) == config
+
+
+def test_json_of_another_version_or_with_unknown_fields_is_refused():
+    text = c.to_json(c.Config())
+    with pytest.raises(c.ConfigError, match="schema 99"):
+        c.from_json(text.replace('"schema": 1', '"schema": 99'))
+    with pytest.raises(c.ConfigError, match="not a field of this version"):
+        c.from_json(text.replace('"num_layers"', '"layers"'))
+
+
+def test_differences_ignore_what_a_resumed_run_may_change(corpus):
+    ours, theirs = tiny_config(corpus), tiny_config(corpus, num_steps=99, log_every=5)
+    assert c.differences(ours, theirs) == {}
+    theirs.model.attention.pattern = c.Full()
+    theirs.train.seed = 7
+    assert c.differences(ours, theirs)["train.seed"] == (0, 7)
+    assert c.differences(ours, theirs)["model.attention.pattern.kind"] == ("windowed", "full")
+
+
+def test_a_missing_config_file_says_so():
+    with pytest.raises(c.ConfigError, match="no such file"):
+        c.load("configs/nothing.py")
