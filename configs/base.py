@@ -1,6 +1,6 @@
 """About 1B parameters, 200M active, for one GPU with 80 GB.
 
-    .venv/bin/python experiments/train.py --config=configs/base.py --workdir=/tmp/base
+.venv/bin/python experiments/train.py --config=configs/base.py --workdir=/tmp/base
 """
 
 from dsv3_jax import config as c

@@ -1,6 +1,6 @@
 """10.5M parameters: the model that `benchmark.py --suite=train_step` times against Hugging Face transformers.
 
-    .venv/bin/python experiments/train.py --config=configs/small.py --workdir=/tmp/small
+.venv/bin/python experiments/train.py --config=configs/small.py --workdir=/tmp/small
 """
 
 from dsv3_jax import config as c

@@ -1,6 +1,6 @@
 """The demo: a DeepSeek-V3-shaped model of 2.2M parameters on prose and code, minutes on two cores.
 
-    .venv/bin/python experiments/train.py --config=configs/tiny.py --workdir=/tmp/tiny
+.venv/bin/python experiments/train.py --config=configs/tiny.py --workdir=/tmp/tiny
 """
 
 from dsv3_jax import config as c

@@ -7,8 +7,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from dsv3_jax.runtime import tune_process
 from dsv3_jax.config import Config, ConfigError, load
+from dsv3_jax.runtime import tune_process
 
 OVERRIDE = re.compile(r"--?config\.([\w.]+)(?:=(.*))?", re.DOTALL)
 

@@ -458,9 +458,7 @@ def _validate_model(model: ModelConfig) -> None:
             projection.query_latent_dim,
             "must be at least 1, or none for queries without compression",
         )
-        _require(
-            projection.rope_head_dim % 2 == 0, f"{prefix}.rope_head_dim", projection.rope_head_dim, "must be even"
-        )
+        _require(projection.rope_head_dim % 2 == 0, f"{prefix}.rope_head_dim", projection.rope_head_dim, "must be even")
     validate_pattern(model.attention.pattern)
     if model.moe is None:
         _require(
@@ -548,9 +546,7 @@ def _validate_train(train: TrainConfig) -> None:
     )
     for name in ("first_moment_dtype", "second_moment_dtype"):
         _require_one_of(train.optimizer, "train.optimizer", name, DTYPES)
-    _require(
-        train.optimizer.clip_norm > 0, "train.optimizer.clip_norm", train.optimizer.clip_norm, "must be positive"
-    )
+    _require(train.optimizer.clip_norm > 0, "train.optimizer.clip_norm", train.optimizer.clip_norm, "must be positive")
 
 
 def _validate_mesh(config: Config) -> None:

@@ -1,6 +1,6 @@
 """Four attention patterns on the demo model, two seeds each, the same tokens for all. About six minutes on two cores.
 
-    .venv/bin/python experiments/ablate.py --table=attention --workdir=/tmp/attention
+.venv/bin/python experiments/ablate.py --table=attention --workdir=/tmp/attention
 """
 
 import pathlib

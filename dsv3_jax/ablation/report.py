@@ -128,7 +128,9 @@ def plot(ablation: Ablation, rows: list[Row], path: pathlib.Path) -> None:
         left.plot(tokens, loss, color=colour, label=row.name)
         quality = row.quality()
         cost = row.flops_a_token / 1e6
-        right.errorbar(cost, np.mean(quality), np.std(quality, ddof=1) if len(quality) > 1 else 0, fmt="o", color=colour)
+        right.errorbar(
+            cost, np.mean(quality), np.std(quality, ddof=1) if len(quality) > 1 else 0, fmt="o", color=colour
+        )
         right.annotate(row.name, (cost, float(np.mean(quality))), xytext=(5, 5), textcoords="offset points", fontsize=8)
     left.set(xlabel="tokens", ylabel="training loss (nats/token)", title=ablation.title)
     left.legend(fontsize=8)

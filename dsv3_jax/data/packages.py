@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 
-from dsv3_jax.runtime import cache_folder
 from dsv3_jax.config import ConfigError
+from dsv3_jax.runtime import cache_folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from dsv3_jax.runtime import cache_folder
 from dsv3_jax.config import ConfigError, DataConfig
 from dsv3_jax.data import corpora
 from dsv3_jax.data.packing import PackedRows, TokenFile
 from dsv3_jax.data.tokenizers import Tokenizer, make_tokenizer
+from dsv3_jax.runtime import cache_folder
 
 FORMAT = 1  # of the token files
 ENCODE_BATCH = 256

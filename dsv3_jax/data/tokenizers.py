@@ -9,10 +9,10 @@ from collections.abc import Iterable
 import numpy as np
 import tokenizers
 
-from dsv3_jax.runtime import cache_folder
 from dsv3_jax.config import BpeTokenizer, ConfigError, DeepSeekTokenizer, TokenizerFile
 from dsv3_jax.config import Tokenizer as TokenizerConfig
 from dsv3_jax.data import packages
+from dsv3_jax.runtime import cache_folder
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 TRAINING_BYTES = 8_000_000  # a BPE is trained on at most this much of each domain

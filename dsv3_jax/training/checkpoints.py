@@ -8,7 +8,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dsv3_jax.config import Config, ConfigError, ModelConfig, load
-from dsv3_jax.training.step import TrainState, Trainer
+from dsv3_jax.training.step import Trainer, TrainState
 
 FOLDER = "checkpoints"
 

@@ -121,7 +121,9 @@ def check_terms(step: int, metrics: dict[str, float], weights: dict[str, float])
     """Raises `TrainingError` for a loss that is not finite, or a term that is on and exactly zero."""
     for name, value in metrics.items():
         if (name.startswith("loss") or name == "grad_norm") and not math.isfinite(value):
-            raise TrainingError(f"step {step}: {name} is {value}; lower train.optimizer.learning_rate, or look at the data")
+            raise TrainingError(
+                f"step {step}: {name} is {value}; lower train.optimizer.learning_rate, or look at the data"
+            )
     for name, weight in weights.items():
         if weight and metrics[f"loss/{name}"] == 0:
             raise TrainingError(f"step {step}: loss/{name} is on (weight {weight}) and exactly zero: it trains nothing")
@@ -189,9 +191,7 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def _start(
-    trainer: Trainer, checkpoints: Checkpoints, iterator: Any, seed: int, init_from: str | None
-) -> TrainState:
+def _start(trainer: Trainer, checkpoints: Checkpoints, iterator: Any, seed: int, init_from: str | None) -> TrainState:
     """The newest checkpoint, or a fresh state, with the weights of another run if asked."""
     if checkpoints.latest_step() is not None:
         return checkpoints.restore(trainer, iterator)

@@ -24,7 +24,9 @@ def test_loss_and_gradients_are_the_oracles(chunk):
     # float32 sums in another order
     assert_close(value(lambda *a: cross_entropy(*a, chunk)), value(reference_cross_entropy), 1e-5)
     assert_close(
-        cross_entropy(hidden, head, targets, weights, chunk), reference_cross_entropy(hidden, head, targets, weights), 1e-5
+        cross_entropy(hidden, head, targets, weights, chunk),
+        reference_cross_entropy(hidden, head, targets, weights),
+        1e-5,
     )
 
 

@@ -44,7 +44,9 @@ def windowed_attention(
         raise ValueError(f"{H} query heads are not a multiple of {k_BTGN.shape[2]} key heads")
     name = implementation or "blocked"
     if name not in IMPLEMENTATIONS:
-        raise ConfigError(f"config.model.attention.implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
+        raise ConfigError(
+            f"config.model.attention.implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}"
+        )
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     if segment_ids_BT is None:

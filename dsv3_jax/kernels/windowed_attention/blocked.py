@@ -141,7 +141,11 @@ def _key_sets(blocks: _Blocks, run: Run, pattern: Pattern, scale: float):
     """For the local and then the global key set of a run: scores [B, G, count, h, S, keys], −inf where not visible;
     keys [B, G, count or 1, keys, N]; values."""
     at = slice(run.first, run.first + run.count)
-    q, q_position, q_segment = blocks.q_BGnhSN[:, :, at], blocks.positions_B1nS[:, :, at], blocks.segments_B1nS[:, :, at]
+    q, q_position, q_segment = (
+        blocks.q_BGnhSN[:, :, at],
+        blocks.positions_B1nS[:, :, at],
+        blocks.segments_B1nS[:, :, at],
+    )
 
     def key_set(keys, values, k_position, k_segment, allowed):
         scores = jnp.einsum("BGchSN,BGcKN->BGchSK", q, keys, preferred_element_type=jnp.float32)

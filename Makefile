@@ -1,0 +1,45 @@
+# make demo, make test: everything from a fresh machine with Python and make. PYTHON=… chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/attention
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow test-quick lint format lock peers clean
+
+$(READY): requirements.lock setup.py
+	$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f'error: Python {v} given, 3.11 to 3.13 supported; use make PYTHON=…')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(READY)
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python experiments/ablate.py --table=attention --workdir=$(WORKDIR)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 -m slow tests
+
+test-quick: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "quick and not slow" tests
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/basedpyright --level error
+
+format: $(READY)
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+# torch and transformers: oracles and benchmark peers. torch comes by itself, without hashes (see BUILD.md).
+peers: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+
+# Needs uv. Pins every dependency for Python 3.11 to 3.13, with hashes.
+lock:
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
+	  --extra dev --extra notebooks --extra peers setup.py -o requirements.lock
+
+clean:
+	rm -rf $(VENV) .cache
