@@ -32,6 +32,6 @@ setup(
         "tpu": ["jax[tpu]"],
         "notebooks": NOTEBOOKS,
         "peers": PEERS,
-        "dev": ["basedpyright", "pytest", "pytest-xdist", "ruff", *NOTEBOOKS],
+        "dev": ["basedpyright", "pytest", "pytest-xdist", "ruff", "setuptools>=77", *NOTEBOOKS],
     },
 )

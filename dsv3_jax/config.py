@@ -619,8 +619,9 @@ def check_types(node: Any, prefix: str = "") -> None:
 
 def to_dict(node: Any) -> Any:
     """Plain dicts, lists and scalars; a union member carries its `kind`."""
-    if dataclasses.is_dataclass(node):
-        tag = {"kind": node.kind} if hasattr(node, "kind") else {}
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        kind = getattr(node, "kind", None)
+        tag = {"kind": kind} if kind else {}
         return tag | {f.name: to_dict(getattr(node, f.name)) for f in dataclasses.fields(node)}
     if isinstance(node, tuple):
         return [to_dict(child) for child in node]
@@ -634,7 +635,7 @@ def _from_dict(annotation: Any, value: Any, path: str) -> Any:
         if "kind" in value:
             candidates = [m for m in candidates if getattr(m, "kind", None) == value["kind"]]
         _require(len(candidates) == 1, path, value.get("kind"), f"must be one of {_describe(annotation)}")
-        cls = candidates[0]
+        cls: Any = candidates[0]
         known, given = _field_types(cls), {k: v for k, v in value.items() if k != "kind"}
         for name in given:
             _require(name in known, f"{path}.{name}".lstrip("."), given[name], "is not a field of this version")
@@ -732,7 +733,7 @@ def _child(node: Any, name: str, path: str) -> Any:
     if name not in names:
         close = difflib.get_close_matches(name, names, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        kind = f" ({node.kind})" if hasattr(node, "kind") else ""
+        kind = f" ({tag})" if (tag := getattr(node, "kind", "")) else ""
         raise ConfigError(f"{where}{kind} has no field {name!r}; {hint}fields: {', '.join(names) or 'none'}")
     return getattr(node, name)
 

@@ -7,6 +7,7 @@ Example:
 import datetime
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import platform

@@ -20,7 +20,27 @@ import pytest
 from dsv3_jax import config as c
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "run", "far", "over", "hill", "and", "dale", "while", "rain", "fell"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "dog",
+    "run",
+    "far",
+    "over",
+    "hill",
+    "and",
+    "dale",
+    "while",
+    "rain",
+    "fell",
+]
 
 
 def make_text(seed: int, words: int) -> str:

@@ -69,7 +69,7 @@ def markdown(ablation: Ablation, rows: list[Row], command: str) -> str:
     baseline = next(row for row in rows if row.name == ablation.baseline)
     effect = smallest_effect(rows)
     table = [_cells(row, baseline, effect) for row in rows]
-    columns = list(dict.fromkeys(column for cells in table for column in cells if column != "verdict")) + ["verdict"]
+    columns = [*dict.fromkeys(name for cells in table for name in cells if name != "verdict"), "verdict"]
     config = ablation.rows[ablation.baseline]
     tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
     device = jax.devices()[0]
@@ -85,11 +85,11 @@ def markdown(ablation: Ablation, rows: list[Row], command: str) -> str:
         f"- Budget: {config.train.num_steps} steps of {config.train.batch_size} × {config.data.sequence_length} "
         f"positions = {tokens:,} a run, the same tokens for every run.",
         f"- FLOP ledger (TFLOP a run, analytic, visible keys only): {ledger}.",
-        f"- Smallest difference from the baseline this table could have seen (t-test, 5 %): {effect:.4f} bits per byte. "
+        f"- Smallest difference from the baseline this table could have seen (t-test, 5 %): {effect:.4f} bits/byte. "
         "The A/A row is the baseline with other seeds.",
-        "- MFLOP/token: of a training step; analytic, and counted in XLA's program with loops multiplied by their trips "
-        "(it includes masked parts of blocks and recomputation). Tokens/s: median, from a pass that runs alone, rows in "
-        "alternation.",
+        "- MFLOP/token: of a training step; analytic, and counted in XLA's program with loops multiplied by their "
+        "trips (it includes masked parts of blocks and recomputation). Tokens/s: median, from a pass that runs alone, "
+        "rows in alternation.",
         f"- {datetime.date.today()}, {device.platform} {device.device_kind} {platform.machine()}, "
         f"Python {platform.python_version()}, {versions}.",
         f"- Again: `{command}`",

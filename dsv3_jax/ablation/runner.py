@@ -121,7 +121,7 @@ def _static_costs(row: Row, config: Config, trainer: Trainer) -> None:
     row.parameters, row.active_parameters = count_parameters(config.model)
     row.flops_a_token = training_flops(config.model, config.data.sequence_length)
     tokens = config.train.batch_size * config.data.sequence_length
-    row.hlo_flops_a_token = count_flops(trainer.compiled.as_text()).flops / tokens
+    row.hlo_flops_a_token = count_flops(trainer.compiled.as_text() or "").flops / tokens
     memory = trainer.compiled.memory_analysis()
     if memory is not None:
         live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -30,11 +30,11 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, bos: str, eos: str):
         self._inner = inner
         inner.encode_special_tokens = True
-        ids = {name: inner.token_to_id(name) for name in (bos, eos)}
-        missing = [name for name, token_id in ids.items() if token_id is None]
-        if missing:
-            raise ConfigError(f"config.data.tokenizer: has no token {', '.join(missing)}; set bos and eos to its own")
-        self.bos_id, self.eos_id = ids[bos], ids[eos]
+        bos_id, eos_id = inner.token_to_id(bos), inner.token_to_id(eos)
+        if bos_id is None or eos_id is None:
+            missing = bos if bos_id is None else eos
+            raise ConfigError(f"config.data.tokenizer: has no token {missing}; set bos and eos to its own")
+        self.bos_id, self.eos_id = bos_id, eos_id
         self.bytes_V = _byte_lengths(inner)
         self.fingerprint = hashlib.sha256(inner.to_str().encode()).hexdigest()
 

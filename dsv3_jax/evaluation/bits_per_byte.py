@@ -5,20 +5,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.data.packing import PackedRows
 from dsv3_jax.data.pipeline import Dataset, batches
-from dsv3_jax.models.transformer import Transformer, head_weight
-from dsv3_jax.ops.losses import cross_entropy
+from dsv3_jax.models.transformer import summed_loss
 from dsv3_jax.sharding import batch_sharding
 
 
 class HeldOut(NamedTuple):
-    """loss: nats a token. bits_per_byte: Σ nats / ln 2 / Σ UTF-8 bytes of the predicted tokens. tokens, bytes: counts."""
+    """loss: nats a token. bits_per_byte: Σ nats / ln 2 / Σ UTF-8 bytes of the predicted tokens. tokens, bytes: their
+    numbers."""
 
     loss: float
     bits_per_byte: float
@@ -31,20 +30,10 @@ EvalStep = Callable[[Any, Any, dict[str, np.ndarray]], Any]
 
 def make_eval_step(config: Config, mesh: Mesh) -> EvalStep:
     """(params, selection_bias, batch) -> summed loss in nats, compiled once."""
-    model = Transformer(config.model)
 
     def eval_step(params, selection_bias, batch):
-        output = model.apply(
-            {"params": params, "selection_bias": selection_bias},
-            batch["tokens"],
-            batch["positions"],
-            batch["segment_ids"],
-            max_segments=config.data.max_segments,
-            return_logits=False,
-        )
-        weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
-        head_DV = head_weight(config.model, params)
-        return cross_entropy(output.hidden_BTD, head_DV, batch["targets"], weights_BT)
+        variables = {"params": params, "selection_bias": selection_bias}
+        return summed_loss(config.model, variables, batch, config.data.max_segments)[0]
 
     jitted = jax.jit(eval_step, in_shardings=(None, None, batch_sharding(mesh)))
 

@@ -1,6 +1,7 @@
 """Mixture of experts = router × experts × dispatch."""
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import linen as nn
 from dsv3_jax import axes
 from dsv3_jax.config import DenseDispatch, GroupedDispatch, MixtureOfExperts, ModelConfig
 from dsv3_jax.kernels.grouped_matmul import grouped_experts
-from dsv3_jax.layers.common import SwiGLU, weight
+from dsv3_jax.layers.common import SwiGLU, parameter, weight
 from dsv3_jax.ops.dispatch import dense_dispatch
 from dsv3_jax.ops.routing import Routing, route
 from dsv3_jax.sharding import constrain
@@ -27,12 +28,12 @@ class MoE(nn.Module):
     def __call__(self, x_BTD: jax.Array, token_mask_BT: jax.Array) -> tuple[jax.Array, Routing]:
         config, moe = self.config, self.moe
         (B, T, D), E, F = x_BTD.shape, moe.num_experts, moe.expert_dim
-        router_init = nn.with_logical_partitioning(
-            nn.initializers.normal(config.init_std or D**-0.5), (axes.FSDP_EMBED, None)
+        router_init = nn.initializers.normal(config.init_std or D**-0.5)
+        w_router_DE = parameter(self, "w_router", router_init, (D, E), (axes.FSDP_EMBED, None))
+        bias = self.variable(
+            BIAS_COLLECTION, "bias", lambda: nn.LogicallyPartitioned(jnp.zeros(E, jnp.float32), (None,))
         )
-        w_router_DE = self.param("w_router", router_init, (D, E), jnp.float32)
-        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
-        bias_E = self.variable(BIAS_COLLECTION, "bias", lambda: bias_init(jax.random.key(0), (E,), jnp.float32)).value
+        bias_E = cast(jax.Array, bias.value)
         w_in_axes = (axes.EXPERTS, axes.FSDP_EMBED, None, axes.EXPERT_MLP)
         w_in_ED2F = weight(self, config, "w_in", (E, D, 2, F), w_in_axes, D)
         w_out_axes = (axes.EXPERTS, axes.EXPERT_MLP, axes.FSDP_EMBED)

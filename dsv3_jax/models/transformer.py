@@ -1,6 +1,6 @@
 """The language model."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from dsv3_jax import axes
 from dsv3_jax.config import MixtureOfExperts, ModelConfig
 from dsv3_jax.layers.attention import Packing
 from dsv3_jax.layers.block import Block
-from dsv3_jax.layers.common import RMSNorm
+from dsv3_jax.layers.common import RMSNorm, parameter
+from dsv3_jax.ops.losses import cross_entropy
 from dsv3_jax.ops.routing import Routing
 from dsv3_jax.sharding import constrain
 
@@ -31,7 +32,7 @@ class TransformerOutput(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """DeepSeek-V3-shaped decoder (arXiv:2412.19437): dense blocks, then mixture-of-experts blocks, each group scanned."""
+    """DeepSeek-V3-shaped decoder (arXiv:2412.19437): dense, then mixture-of-experts blocks, each kind scanned."""
 
     config: ModelConfig
 
@@ -61,8 +62,8 @@ class Transformer(nn.Module):
         packing = Packing(positions_BT, segment_ids_BT, max_segments)
 
         std = config.init_std or (config.dim**-0.5 if config.tie_embeddings else 1.0)
-        embedding_init = nn.with_logical_partitioning(nn.initializers.normal(std), (axes.VOCAB, axes.FSDP_EMBED))
-        embedding_VD = self.param("embedding", embedding_init, (config.vocab_size, config.dim), jnp.float32)
+        shape, logical = (config.vocab_size, config.dim), (axes.VOCAB, axes.FSDP_EMBED)
+        embedding_VD = parameter(self, "embedding", nn.initializers.normal(std), shape, logical)
         x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.compute_dtype)
         x_BTD = constrain(x_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED))
 
@@ -76,10 +77,8 @@ class Transformer(nn.Module):
 
         if not config.tie_embeddings:
             # std 1/D, not 1/sqrt(D): logits start small at every width (arXiv:2203.03466, table 8).
-            head_init = nn.with_logical_partitioning(
-                nn.initializers.normal(config.init_std or 1 / config.dim), (axes.FSDP_EMBED, axes.VOCAB)
-            )
-            head_DV = self.param("head", head_init, (config.dim, config.vocab_size), jnp.float32)
+            init = nn.initializers.normal(config.init_std or 1 / config.dim)
+            head_DV = parameter(self, "head", init, shape[::-1], logical[::-1])
         else:
             head_DV = embedding_VD.T
         logits_BTV = None
@@ -100,7 +99,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0, "selection_bias": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=cast(Any, nn.broadcast),
             length=length,
             unroll=length if self._unroll() else 1,
             metadata_params={nn.PARTITION_NAME: axes.LAYERS},
@@ -115,3 +114,21 @@ def head_weight(config: ModelConfig, params: Any) -> jax.Array:
     """The vocabulary projection head_DV in the compute dtype, tied or not."""
     head_DV = params["embedding"].T if config.tie_embeddings else params["head"]
     return head_DV.astype(config.compute_dtype)
+
+
+def summed_loss(
+    config: ModelConfig, variables: Any, batch: dict[str, jax.Array], max_segments: int
+) -> tuple[jax.Array, TransformerOutput]:
+    """Σ over the real tokens of a packed batch of −log p(target), in nats, float32; and the output, without logits."""
+    output = Transformer(config).apply(
+        variables,
+        batch["tokens"],
+        batch["positions"],
+        batch["segment_ids"],
+        max_segments=max_segments,
+        return_logits=False,
+    )
+    output = cast(TransformerOutput, output)
+    weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
+    head_DV = head_weight(config, variables["params"])
+    return cross_entropy(output.hidden_BTD, head_DV, batch["targets"], weights_BT), output

@@ -24,11 +24,12 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = nn.unbox(jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens))["params"]
     total = active = 0
+    moe = config.moe
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
         names, size = [key.key for key in path], math.prod(leaf.shape)
         total += size
-        routed = config.moe is not None and names[-2:-1] == ["moe"] and names[-1] in ("w_in", "w_out")
-        active += size * config.moe.router.top_k // config.moe.num_experts if routed else size
+        routed = moe is not None and names[-2:-1] == ["moe"] and names[-1] in ("w_in", "w_out")
+        active += size * moe.router.top_k // moe.num_experts if moe and routed else size
     return ParameterCount(total, active)
 
 

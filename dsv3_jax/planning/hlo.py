@@ -1,6 +1,6 @@
 """Matmul FLOPs of a compiled program, counted in XLA's own HLO with loops multiplied by their trips.
 
-XLA's `cost_analysis` visits a loop body once, so that eight scanned layers count as one; this walks the program instead.
+XLA's `cost_analysis` visits a loop body once, so that eight scanned layers count as one; this walks the program.
 """
 
 import math

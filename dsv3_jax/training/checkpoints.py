@@ -1,7 +1,7 @@
 """Checkpoints of state and data position, behind one thin adapter to Orbax (whose v1 API may still move)."""
 
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -18,8 +18,8 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, keep: int):
         self._inner = ocp.training.Checkpointer(
-            (workdir / FOLDER).resolve(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            str((workdir / FOLDER).resolve()),
+            preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(keep)),
             cleanup_tmp_directories=True,
         )
         self._pending: Any = None

@@ -1,5 +1,6 @@
 """The training loop: starts or resumes a run in its folder, logs, evaluates, saves, stops when asked."""
 
+import dataclasses
 import json
 import math
 import os
@@ -199,7 +200,7 @@ def _start(trainer: Trainer, checkpoints: Checkpoints, iterator: Any, seed: int,
     if init_from is not None:
         variables, step = restore_run(init_from, trainer)
         print(f"starting from step {step} of {init_from}", flush=True)
-        state = state.replace(params=variables["params"], selection_bias=variables["selection_bias"])
+        state = dataclasses.replace(state, params=variables["params"], selection_bias=variables["selection_bias"])
     return state
 
 

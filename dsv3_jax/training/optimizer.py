@@ -10,7 +10,7 @@ from dsv3_jax.config import AdamW, Cosine, Schedule, WarmupStableDecay
 
 
 def make_schedule(schedule: Schedule, peak: float) -> optax.Schedule:
-    """Learning rate by step. The first step already has a positive rate: step s of the warm-up has (s + 1) / warm-up."""
+    """Learning rate by step. The first step has a positive rate already: step s of the warm-up (s + 1) / warm-up."""
     warmup, total = schedule.warmup_steps, schedule.total_steps
     ramp = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
     match schedule:

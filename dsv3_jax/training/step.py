@@ -1,7 +1,7 @@
 """The train state and one training step."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax import axes
 from dsv3_jax.config import Config
-from dsv3_jax.models.transformer import Transformer, head_weight
-from dsv3_jax.ops.losses import cross_entropy
+from dsv3_jax.models.transformer import Transformer, summed_loss
 from dsv3_jax.ops.routing import update_selection_bias
 from dsv3_jax.sharding import batch_sharding, constrain, shardings
 from dsv3_jax.training.optimizer import make_optimizer, make_schedule
@@ -114,7 +113,7 @@ class Trainer:
             return replicated
 
         return TrainState(
-            step=replicated,
+            step=cast(Any, replicated),
             params=tree["params"],
             selection_bias=tree.get("selection_bias", {}),
             opt_state=jax.tree_util.tree_map_with_path(optimizer_leaf, self.state_shapes.opt_state),
@@ -122,18 +121,9 @@ class Trainer:
 
     def _loss_sums(self, params, selection_bias, batch: Batch):
         """Each loss term summed over the micro-batch, and each layer's load [L, E]."""
-        config = self.config
-        output = self._model.apply(
-            {"params": params, "selection_bias": selection_bias},
-            batch["tokens"],
-            batch["positions"],
-            batch["segment_ids"],
-            max_segments=config.data.max_segments,
-            return_logits=False,
-        )
-        weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
-        head_DV = head_weight(config.model, params)
-        sums = {"lm": cross_entropy(output.hidden_BTD, head_DV, batch["targets"], weights_BT)}
+        variables = {"params": params, "selection_bias": selection_bias}
+        lm, output = summed_loss(self.config.model, variables, batch, self.config.data.max_segments)
+        sums = {"lm": lm}
         load_LE = jnp.zeros((0, 1))
         if output.routing is not None:
             sums["balance"] = jnp.sum(output.routing.balance)
@@ -195,7 +185,7 @@ class Trainer:
             update = functools.partial(update_selection_bias, load_E=load_LE, rate=moe.router.bias_update_rate)
             selection_bias = jax.tree.map(update, selection_bias)
         weights = self.term_weights()
-        metrics = {"loss": sum(weights[name] * term for name, term in terms.items())}
+        metrics: dict[str, Any] = {"loss": sum(weights[name] * term for name, term in terms.items())}
         metrics |= {f"loss/{name}": term for name, term in terms.items()}
         metrics["grad_norm"] = optax.global_norm(gradients)
         metrics["learning_rate"] = self._schedule(state.step)

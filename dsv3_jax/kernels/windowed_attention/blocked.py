@@ -1,8 +1,8 @@
 """Blocked attention in plain JAX: what no query of a block sees is never computed. The default on CPU.
 
-Rows are cut into blocks of S tokens. Query block i sees key blocks i − reach … i, where reach follows from the pattern's
-look-back; runs of query blocks with equally long spans are computed as one batched matmul. Global positions are a
-second, small key set in the same softmax. The backward pass recomputes the probabilities from the log-sum-exp
+Rows are cut into blocks of S tokens. Query block i sees key blocks i − reach … i, where reach follows from the
+pattern's look-back; runs of query blocks with equally long spans are computed as one batched matmul. Global positions
+are a second, small key set in the same softmax. The backward pass recomputes the probabilities from the log-sum-exp
 (FlashAttention-2, Dao 2023, arXiv:2307.08691), so that memory is linear in T.
 """
 
@@ -153,10 +153,11 @@ def _key_sets(blocks: _Blocks, run: Run, pattern: Pattern, scale: float):
         mask &= same_document(q_segment[..., None], k_segment[..., None, :])
         return jnp.where(mask[:, :, :, None], scores * scale, -jnp.inf), keys, values
 
-    spans = (_span(x, run) for x in blocks[1:5])
-    sets = [key_set(*spans, local_mask)]
+    k, v, k_position, k_segment = (_span(x, run) for x in blocks[1:5])
+    sets = [key_set(k, v, k_position, k_segment, local_mask)]
     if blocks.rows_BP is not None:
-        sets.append(key_set(*(jnp.repeat(x, run.count, axis=2) for x in blocks[6:]), global_mask))
+        k, v, k_position, k_segment = (jnp.repeat(x, run.count, axis=2) for x in blocks[6:] if x is not None)
+        sets.append(key_set(k, v, k_position, k_segment, global_mask))
     return sets
 
 
@@ -211,7 +212,7 @@ def blocked_attention(
     def attend_backward(saved, cotangents):
         inputs, (out_BGnhSM, lse_BGnhS) = saved
         q, k, v = inputs[:3]
-        blocks = _cut(*inputs, pattern, max_segments, block)
+        blocks = _cut(q, k, v, inputs[3], inputs[4], pattern, max_segments, block)
         dout_BGnhSM = _heads_first(cotangents[0], block, G)
         dlse_BGnhS = _heads_first(jnp.moveaxis(cotangents[1], 1, 2)[..., None], block, G)[..., 0]
         # d scores = p · (dout · v − Σ dout · out + dlse)
