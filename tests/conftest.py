@@ -51,6 +51,8 @@ def make_text(seed: int, words: int) -> str:
 @pytest.fixture(scope="session", autouse=True)
 def data_cache(tmp_path_factory):
     """Tokens and tokenizers of the tests stay out of the user's cache."""
+    default = pathlib.Path("~/.cache/dsv3_jax").expanduser()
+    os.environ.setdefault("DSV3_JAX_USER_CACHE", os.environ.get("DSV3_JAX_CACHE", str(default)))
     os.environ["DSV3_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 

@@ -14,7 +14,7 @@ PATTERNS = {
     "window 128 + 4 global": c.Windowed(128, global_positions=(0, 1, 2, 3)),
     "segments of 128": c.Segmented(128),
 }
-NUM_STEPS = 80
+NUM_STEPS = 70
 
 
 def get_ablation() -> c.Ablation:
@@ -24,7 +24,7 @@ def get_ablation() -> c.Ablation:
         base.train,
         num_steps=NUM_STEPS,
         batch_size=2,
-        schedule=c.Cosine(total_steps=NUM_STEPS, warmup_steps=8),
+        schedule=c.Cosine(total_steps=NUM_STEPS, warmup_steps=7),
         checkpoint_every=NUM_STEPS,
         keep_checkpoints=1,
         eval_every=NUM_STEPS,

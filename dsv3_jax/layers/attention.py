@@ -79,6 +79,15 @@ class LatentProjection(nn.Module):
         return q_BTHN, k_BTHN, v_BTHM
 
 
+def make_projection(config: ModelConfig, name: str | None = None) -> GroupedQueryProjection | LatentProjection:
+    """The module that turns x into queries, keys and values."""
+    match config.attention.projection:
+        case GroupedQuery() as projection:
+            return GroupedQueryProjection(config, projection, name=name)
+        case Latent() as projection:
+            return LatentProjection(config, projection, name=name)
+
+
 class Attention(nn.Module):
     """Projection, attention through the pattern, output projection."""
 
@@ -87,12 +96,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, packing: Packing) -> jax.Array:
         attention = self.config.attention
-        match attention.projection:
-            case GroupedQuery() as projection:
-                project = GroupedQueryProjection(self.config, projection, name="projection")
-            case Latent() as projection:
-                project = LatentProjection(self.config, projection, name="projection")
-        q_BTHN, k_BTGN, v_BTGM = project(x_BTD, packing.positions_BT)
+        q_BTHN, k_BTGN, v_BTGM = make_projection(self.config, name="projection")(x_BTD, packing.positions_BT)
         q_BTHN = constrain(q_BTHN, (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM))
         k_BTGN = constrain(k_BTGN, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, axes.HEAD_DIM))
         v_BTGM = constrain(v_BTGM, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, axes.HEAD_DIM))

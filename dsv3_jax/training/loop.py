@@ -14,7 +14,7 @@ import jax
 
 from dsv3_jax.config import Config, ConfigError, differences, from_json, to_json
 from dsv3_jax.data.pipeline import Dataset, load_dataset
-from dsv3_jax.evaluation.bits_per_byte import evaluate_rows, make_eval_step
+from dsv3_jax.evaluation.bits_per_byte import evaluate_rows
 from dsv3_jax.sharding import make_mesh
 from dsv3_jax.training.checkpoints import Checkpoints, restore_run, run_config
 from dsv3_jax.training.step import Trainer, TrainState
@@ -176,12 +176,12 @@ class _Clock:
         self._start += seconds
 
 
-def _held_out(eval_step, state: TrainState, dataset: Dataset, config: Config) -> dict[str, float]:
+def _held_out(trainer: Trainer, state: TrainState, dataset: Dataset, config: Config) -> dict[str, float]:
     result = {}
     rows_a_batch = config.train.batch_size // config.train.microbatches
     for name, rows in dataset.held_out.items():
         measured = evaluate_rows(
-            eval_step, state.variables(), rows, dataset.tokenizer.bytes_V, rows_a_batch, config.train.eval_rows
+            trainer.eval_step, state.variables(), rows, dataset.tokenizer.bytes_V, rows_a_batch, config.train.eval_rows
         )
         result[f"held_out/{name}/loss"] = measured.loss
         result[f"held_out/{name}/bits_per_byte"] = measured.bits_per_byte
@@ -240,7 +240,7 @@ def train(
     if step:
         print(f"{workdir}: resuming at step {step} of {last}", flush=True)
     log, progress = MetricsLog(workdir, step), Progress(last)
-    eval_step, weights = make_eval_step(config, trainer.mesh), trainer.term_weights()
+    weights = trainer.term_weights()
     assert trainer.compiled is not None  # compile before the clock starts
     with StopSignal() as stop:
         try:
@@ -259,7 +259,7 @@ def train(
                     metrics["tokens_seen"] = log.tokens_seen + clock.tokens
                     progress.show(step, metrics["loss"], metrics["tokens_per_second"], seconds / clock.steps)
                     if evaluate_now:
-                        metrics |= _held_out(eval_step, state, dataset, config)
+                        metrics |= _held_out(trainer, state, dataset, config)
                     log.write(step, metrics)
                     clock = _Clock()
                 if _due(step, config.train.checkpoint_every, last):

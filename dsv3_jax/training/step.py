@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax import axes
 from dsv3_jax.config import Config
+from dsv3_jax.evaluation.bits_per_byte import EvalStep, make_eval_step
 from dsv3_jax.models.transformer import Transformer, summed_loss
 from dsv3_jax.ops.routing import update_selection_bias
 from dsv3_jax.sharding import batch_sharding, constrain, shardings
@@ -52,6 +53,7 @@ class Trainer:
         self.state_shardings = self._state_shardings()
         self._batch_sharding = batch_sharding(mesh)
         replicated = NamedSharding(mesh, PartitionSpec())
+        self._jit_init = jax.jit(self._init, out_shardings=self.state_shardings)
         self._jit_step = jax.jit(
             self._step,
             in_shardings=(self.state_shardings, self._batch_sharding),
@@ -62,7 +64,7 @@ class Trainer:
     def init(self, seed: int) -> TrainState:
         """A fresh state, each array made where it lives."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._init, out_shardings=self.state_shardings)(jax.random.key(seed))
+            return self._jit_init(jax.random.key(seed))
 
     def abstract_state(self) -> Any:
         """Shapes, dtypes and shardings of the state, for restoring a checkpoint."""
@@ -75,6 +77,11 @@ class Trainer:
         """The compiled step: (state, batch) -> (state, metrics). The state is donated."""
         with jax.set_mesh(self.mesh):
             return self._jit_step.lower(self.abstract_state(), batch_shapes(self.config)).compile()
+
+    @functools.cached_property
+    def eval_step(self) -> EvalStep:
+        """(params, selection_bias, batch) -> summed loss in nats."""
+        return make_eval_step(self.config, self.mesh)
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update on a batch of numpy arrays. The old state is consumed."""

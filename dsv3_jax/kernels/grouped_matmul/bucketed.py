@@ -3,7 +3,7 @@
 XLA runs a batched matmul with equal group sizes at the speed of a plain one on CPU, and nothing else nearly as fast.
 So the first `capacity` assignments of every expert are gathered into [E, capacity, D]; the assignments beyond, of the
 fuller experts, follow in blocks, in a loop whose number of trips is known at run time. None is dropped; the work is at
-most capacity · E + N + BLOCK · E rows however unbalanced the experts are. The combination weights scale the hidden units,
+most capacity · E + N + BLOCK · E rows, however unbalanced. The combination weights scale the hidden units,
 so that both products and both gathers see each assignment once.
 """
 

@@ -1,0 +1,1 @@
+"""What notebooks and TensorBoard show: attention maps, router statistics."""
