@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.layers.attention import Packing, make_projection
+from dsv3_jax.layers.attention import make_packing, make_projection
 from dsv3_jax.layers.block import Block
 from dsv3_jax.layers.common import RMSNorm
 from dsv3_jax.ops.patterns import visible
@@ -29,7 +29,7 @@ def attention_weights(config: ModelConfig, variables: Any, tokens_BT: jax.Array,
     if not 0 <= layer < config.num_layers:
         raise IndexError(f"layer {layer}: the model has layers 0 to {config.num_layers - 1}")
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    packing = Packing(positions_BT, jnp.ones_like(positions_BT))
+    packing = make_packing(config, positions_BT, jnp.ones_like(positions_BT))
     x_BTD = jnp.take(variables["params"]["embedding"], tokens_BT, axis=0).astype(config.compute_dtype)
     for below in range(layer):
         block_variables, moe = _layer_variables(config, variables, below)
@@ -37,7 +37,7 @@ def attention_weights(config: ModelConfig, variables: Any, tokens_BT: jax.Array,
     params = _layer_variables(config, variables, layer)[0]["params"]
     normed_BTD: Any = RMSNorm(config.norm_epsilon).apply({"params": params["attention_norm"]}, x_BTD)
     projection = {"params": params["attention"]["projection"]}
-    projected: Any = make_projection(config).apply(projection, normed_BTD, positions_BT)
+    projected: Any = make_projection(config).apply(projection, normed_BTD, packing.rope)
     q_BTHN, k_BTGN, _ = projected
     k_BTHN = jnp.repeat(k_BTGN, q_BTHN.shape[2] // k_BTGN.shape[2], axis=2)
     scores_BHTS = jnp.einsum("BTHN,BSHN->BHTS", q_BTHN, k_BTHN, preferred_element_type=jnp.float32)

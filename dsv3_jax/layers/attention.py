@@ -9,17 +9,29 @@ from dsv3_jax import axes
 from dsv3_jax.config import GroupedQuery, Latent, ModelConfig
 from dsv3_jax.kernels.windowed_attention import windowed_attention
 from dsv3_jax.layers.common import RMSNorm, weight
-from dsv3_jax.ops.rope import apply_rope
+from dsv3_jax.ops.rope import RopeTable, apply_rope, rope_table
 from dsv3_jax.sharding import constrain
 
 
 @struct.dataclass
 class Packing:
-    """Where the tokens of a batch stand: positions and segment ids [B, T] (see `ops.patterns`)."""
+    """Where the tokens of a batch stand: positions and segment ids [B, T] (see `ops.patterns`), and their rotations."""
 
     positions_BT: jax.Array
     segment_ids_BT: jax.Array
+    rope: RopeTable
     max_segments: int = struct.field(pytree_node=False, default=16)
+
+
+def make_packing(
+    config: ModelConfig, positions_BT: jax.Array, segment_ids_BT: jax.Array, max_segments: int = 16
+) -> Packing:
+    """The packing of a batch, with the rotations that the config's projection needs."""
+    projection = config.attention.projection
+    width = projection.head_dim if isinstance(projection, GroupedQuery) else projection.rope_head_dim
+    return Packing(
+        positions_BT, segment_ids_BT, rope_table(positions_BT, width, config.attention.rope_theta), max_segments
+    )
 
 
 class GroupedQueryProjection(nn.Module):
@@ -29,8 +41,8 @@ class GroupedQueryProjection(nn.Module):
     projection: GroupedQuery
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        D, p, theta = self.config.dim, self.projection, self.config.attention.rope_theta
+    def __call__(self, x_BTD: jax.Array, rope: RopeTable) -> tuple[jax.Array, jax.Array, jax.Array]:
+        D, p = self.config.dim, self.projection
         H, G, N = p.num_heads, p.num_kv_heads, p.head_dim
         w_q_DHN = weight(self, self.config, "w_q", (D, H, N), (axes.FSDP_EMBED, axes.HEADS, axes.HEAD_DIM), D)
         kv_axes = (axes.FSDP_EMBED, None, axes.KV_HEADS, axes.HEAD_DIM)
@@ -38,7 +50,7 @@ class GroupedQueryProjection(nn.Module):
         q_BTHN = jnp.einsum("BTD,DHN->BTHN", x_BTD, w_q_DHN)
         kv_BT2GN = jnp.einsum("BTD,DxGN->BTxGN", x_BTD, w_kv_D2GN)
         k_BTGN, v_BTGN = kv_BT2GN[:, :, 0], kv_BT2GN[:, :, 1]
-        return apply_rope(q_BTHN, positions_BT, theta), apply_rope(k_BTGN, positions_BT, theta), v_BTGN
+        return apply_rope(q_BTHN, rope), apply_rope(k_BTGN, rope), v_BTGN
 
 
 class LatentProjection(nn.Module):
@@ -51,8 +63,8 @@ class LatentProjection(nn.Module):
     projection: Latent
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        config, p, theta = self.config, self.projection, self.config.attention.rope_theta
+    def __call__(self, x_BTD: jax.Array, rope: RopeTable) -> tuple[jax.Array, jax.Array, jax.Array]:
+        config, p = self.config, self.projection
         D, H, C, R, Q = config.dim, p.num_heads, p.latent_dim, p.rope_head_dim, p.query_latent_dim
         nope, N, M = p.nope_head_dim, p.nope_head_dim + p.rope_head_dim, p.value_head_dim
         up_axes = (axes.LATENT, axes.HEADS, axes.HEAD_DIM)
@@ -71,8 +83,8 @@ class LatentProjection(nn.Module):
         latent_BTC = RMSNorm(config.norm_epsilon, name="kv_norm")(latent_BTC)
         k_nope, v_BTHM = jnp.split(jnp.einsum("BTC,CHX->BTHX", latent_BTC, w_kv_up), [nope], axis=-1)
         q_nope, q_rope = jnp.split(q_BTHN, [nope], axis=-1)
-        q_rope = apply_rope(q_rope, positions_BT, theta)
-        k_rope = apply_rope(k_rope_BTR[:, :, None], positions_BT, theta)
+        q_rope = apply_rope(q_rope, rope)
+        k_rope = apply_rope(k_rope_BTR[:, :, None], rope)
         k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], R))
         q_BTHN = jnp.concatenate([q_nope, q_rope], axis=-1)
         k_BTHN = jnp.concatenate([k_nope, k_rope], axis=-1)
@@ -96,7 +108,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, packing: Packing) -> jax.Array:
         attention = self.config.attention
-        q_BTHN, k_BTGN, v_BTGM = make_projection(self.config, name="projection")(x_BTD, packing.positions_BT)
+        q_BTHN, k_BTGN, v_BTGM = make_projection(self.config, name="projection")(x_BTD, packing.rope)
         q_BTHN = constrain(q_BTHN, (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM))
         k_BTGN = constrain(k_BTGN, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, axes.HEAD_DIM))
         v_BTGM = constrain(v_BTGM, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, axes.HEAD_DIM))

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from dsv3_jax import axes
 from dsv3_jax.config import MixtureOfExperts, ModelConfig
-from dsv3_jax.layers.attention import Packing
+from dsv3_jax.layers.attention import make_packing
 from dsv3_jax.layers.block import Block
 from dsv3_jax.layers.common import RMSNorm, parameter
 from dsv3_jax.ops.losses import cross_entropy
@@ -59,7 +59,7 @@ class Transformer(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones((B, T), jnp.int32)
-        packing = Packing(positions_BT, segment_ids_BT, max_segments)
+        packing = make_packing(config, positions_BT, segment_ids_BT, max_segments)
 
         std = config.init_std or (config.dim**-0.5 if config.tie_embeddings else 1.0)
         shape, logical = (config.vocab_size, config.dim), (axes.VOCAB, axes.FSDP_EMBED)

@@ -21,7 +21,7 @@ def cross_entropy(
     head_DV: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    chunk: int = 32,
+    chunk: int = 64,
 ) -> jax.Array:
     """`reference_cross_entropy` without the [B, T, V] logits: `chunk` positions at a time, gradients in the same pass.
 

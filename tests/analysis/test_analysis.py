@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from dsv3_jax.analysis.attention import _layer_variables, attention_weights
 from dsv3_jax.analysis.routing import expert_counts, routing_entropy
-from dsv3_jax.layers.attention import Attention, Packing, make_projection
+from dsv3_jax.layers.attention import Attention, make_packing, make_projection
 from dsv3_jax.models.transformer import Transformer
 from tests.conftest import assert_close, tiny_model
 
@@ -24,8 +24,9 @@ def test_weights_times_values_is_the_layer_and_counts_add_up():
     x = variables["params"]["embedding"][tokens]
     x = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + config.norm_epsilon)
     positions = jnp.arange(24)[None]
-    values = make_projection(config).apply({"params": params["projection"]}, x, positions)[2]
-    expected = Attention(config).apply({"params": params}, x, Packing(positions, jnp.ones_like(positions)))
+    packing = make_packing(config, positions, jnp.ones_like(positions))
+    values = make_projection(config).apply({"params": params["projection"]}, x, packing.rope)[2]
+    expected = Attention(config).apply({"params": params}, x, packing)
     out = jnp.einsum("BHTS,BSHM,HMD->BTD", weights, values, params["w_out"])
     assert_close(out, expected, 1e-5)
     assert attention_weights(config, variables, tokens, layer=1).shape == (1, 2, 24, 24)
