@@ -2,6 +2,8 @@
 
 Example:
   .venv/bin/python experiments/evaluate.py --workdir=/tmp/tiny
+
+A run trained on a mesh is measured on another with --config.mesh.AXIS=SIZE.
 """
 
 import json
@@ -9,7 +11,7 @@ import pathlib
 
 from absl import flags
 
-from dsv3_jax.command_line import run
+from dsv3_jax.command_line import load_config, run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
 ROWS = flags.DEFINE_integer("rows", None, "Rows a domain, spread evenly. Default: all.", lower_bound=1)
@@ -23,7 +25,8 @@ def main() -> None:
     from dsv3_jax.training.checkpoints import restore_run, run_config
     from dsv3_jax.training.step import Trainer
 
-    config = run_config(WORKDIR.value)
+    run_config(WORKDIR.value)  # says so if there is no run
+    config = load_config(f"{WORKDIR.value}/config.json")
     trainer = Trainer(config, make_mesh(config.mesh))
     variables, step = restore_run(WORKDIR.value, trainer)
     dataset = load_dataset(config.data, config.model.vocab_size)

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dsv3_jax.config import Config, ConfigError, ModelConfig, load
+from dsv3_jax.config import Config, ConfigError, MeshConfig, ModelConfig, load
+from dsv3_jax.sharding import make_mesh
 from dsv3_jax.training.step import Trainer, TrainState
 
 FOLDER = "checkpoints"
@@ -78,24 +79,27 @@ def run_config(workdir: str | pathlib.Path) -> Config:
     return load(str(path))
 
 
-def restore_run(workdir: str | pathlib.Path, trainer: Trainer) -> tuple[Any, int]:
-    """Variables of a run's newest checkpoint on the trainer's mesh, and their step. Raises `ConfigError` if none."""
-    checkpoints = None
+def open_checkpoints(workdir: str | pathlib.Path) -> Checkpoints:
+    """The checkpoints of a run, at least one. Raises `ConfigError` if there is none."""
     if (pathlib.Path(workdir) / FOLDER).is_dir():
         checkpoints = Checkpoints(pathlib.Path(workdir), 1)
-    step = checkpoints.latest_step() if checkpoints else None
-    if checkpoints is None or step is None:
-        raise ConfigError(f"--workdir={workdir}: holds no checkpoint yet; train further with experiments/train.py")
-    variables = checkpoints.restore_variables(trainer.abstract_state().variables())
+        if checkpoints.latest_step() is not None:
+            return checkpoints
+        checkpoints.close()
+    raise ConfigError(f"--workdir={workdir}: holds no checkpoint yet; train further with experiments/train.py")
+
+
+def restore_run(workdir: str | pathlib.Path, trainer: Trainer) -> tuple[Any, int]:
+    """Variables of a run's newest checkpoint on the trainer's mesh, and their step. Raises `ConfigError` if none."""
+    checkpoints = open_checkpoints(workdir)
+    variables, step = checkpoints.restore_variables(trainer.abstract_state().variables()), checkpoints.latest_step()
     checkpoints.close()
+    assert step is not None
     return variables, step
 
 
 def restore(workdir: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Model config and variables of a trained run, on one device: `Transformer(config).apply(variables, tokens)`."""
-    from dsv3_jax.config import MeshConfig
-    from dsv3_jax.sharding import make_mesh
-
     config = run_config(workdir)
     config.mesh = MeshConfig()
     variables, _ = restore_run(workdir, Trainer(config, make_mesh(config.mesh)))

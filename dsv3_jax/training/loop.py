@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from dsv3_jax.config import Config, ConfigError, differences, from_json, to_json
 from dsv3_jax.data.pipeline import Dataset, load_dataset
 from dsv3_jax.evaluation.bits_per_byte import evaluate_rows
 from dsv3_jax.sharding import make_mesh
-from dsv3_jax.training.checkpoints import Checkpoints, restore_run, run_config
+from dsv3_jax.training.checkpoints import Checkpoints, open_checkpoints, restore_run, run_config
 from dsv3_jax.training.step import Trainer, TrainState
 
 
@@ -36,8 +37,9 @@ class StopSignal:
     """While active, SIGTERM and Ctrl-C ask for a stop after the current step. A second Ctrl-C stops at once."""
 
     def __enter__(self) -> "StopSignal":
-        self.asked = False
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.asked, self._before = False, {}
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _handle(self, number, frame):
@@ -192,6 +194,13 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
+def _check_source(init_from: str, config: Config) -> None:
+    """Raises `ConfigError` unless `init_from` is a run of the same model with a checkpoint."""
+    if run_config(init_from).model != config.model:
+        raise ConfigError(f"--init_from={init_from}: its config.model differs from this run's; the weights do not fit")
+    open_checkpoints(init_from).close()
+
+
 def _start(trainer: Trainer, checkpoints: Checkpoints, iterator: Any, seed: int, init_from: str | None) -> TrainState:
     """The newest checkpoint, or a fresh state, with the weights of another run if asked."""
     if checkpoints.latest_step() is not None:
@@ -224,52 +233,70 @@ def train(
     """
     config.validate()
     workdir = pathlib.Path(workdir)
-    trainer = trainer or Trainer(config, make_mesh(config.mesh))
-    dataset = dataset or load_dataset(config.data, config.model.vocab_size)
-    if init_from is not None and run_config(init_from).model != config.model:
-        raise ConfigError(f"--init_from={init_from}: its config.model differs from this run's; the weights do not fit")
-    claim_workdir(config, workdir)
-    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    iterator = dataset.iterator(config.train.batch_size)
-    state = _start(trainer, checkpoints, iterator, config.train.seed, init_from)
-    step, last = int(state.step), config.train.num_steps
-    if step >= last:
-        print(f"{workdir}: already at step {step} of {last}; nothing to do (raise config.train.num_steps to go on)")
-        checkpoints.close()
-        return TrainResult(state, step, True)
-    if step:
-        print(f"{workdir}: resuming at step {step} of {last}", flush=True)
-    log, progress = MetricsLog(workdir, step), Progress(last)
-    weights = trainer.term_weights()
-    assert trainer.compiled is not None  # compile before the clock starts
     with StopSignal() as stop:
+        trainer = trainer or Trainer(config, make_mesh(config.mesh))
+        dataset = dataset or load_dataset(config.data, config.model.vocab_size)
+        if init_from is not None:
+            _check_source(init_from, config)
+        claim_workdir(config, workdir)
+        checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
         try:
-            clock = _Clock()
-            while step < last and not stop.asked:
-                batch = next(iterator)
-                state, device_metrics = trainer.step(state, batch)
-                step += 1
-                clock.count(int((batch["segment_ids"] > 0).sum()))
-                evaluate_now = _due(step, config.train.eval_every, last)
-                if _due(step, config.train.log_every, last) or evaluate_now:
-                    metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-                    check_terms(step, metrics, weights)
-                    seconds = clock.seconds()
-                    metrics["tokens_per_second"] = clock.tokens / seconds
-                    metrics["tokens_seen"] = log.tokens_seen + clock.tokens
-                    progress.show(step, metrics["loss"], metrics["tokens_per_second"], seconds / clock.steps)
-                    if evaluate_now:
-                        metrics |= _held_out(trainer, state, dataset, config)
-                    log.write(step, metrics)
-                    clock = _Clock()
-                if _due(step, config.train.checkpoint_every, last):
-                    jax.block_until_ready(state.step)
-                    before = time.perf_counter()
-                    checkpoints.save(state, iterator)
-                    clock.leave_out(time.perf_counter() - before)
+            iterator = dataset.iterator(config.train.batch_size)
+            state = _start(trainer, checkpoints, iterator, config.train.seed, init_from)
+            step, last = int(state.step), config.train.num_steps
+            if step >= last:
+                print(f"{workdir}: already at step {step} of {last}; nothing to do (to go on, raise train.num_steps)")
+                return TrainResult(state, step, True)
+            if step:
+                print(f"{workdir}: resuming at step {step} of {last}", flush=True)
+            state, step = _run(config, trainer, dataset, state, iterator, workdir, checkpoints, stop)
             checkpoints.save(state, iterator)
         finally:
-            progress.close()
-            log.close()
             checkpoints.close()
     return TrainResult(state, step, step >= last)
+
+
+def _run(
+    config: Config,
+    trainer: Trainer,
+    dataset: Dataset,
+    state: TrainState,
+    iterator: Any,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    stop: StopSignal,
+) -> tuple[TrainState, int]:
+    """Steps until the last one or until asked to stop; logs, evaluates and saves where it is due."""
+    settings, weights, last = config.train, trainer.term_weights(), config.train.num_steps
+    step = int(state.step)
+    log, progress = MetricsLog(workdir, step), Progress(last)
+    try:
+        assert trainer.compiled is not None  # compile before the clock starts
+        clock, ending = _Clock(), stop.asked
+        while not ending:
+            batch = next(iterator)
+            state, device_metrics = trainer.step(state, batch)
+            step += 1
+            ending = step == last or stop.asked
+            clock.count(int((batch["segment_ids"] > 0).sum()))
+            evaluate_now = _due(step, settings.eval_every, last)
+            if _due(step, settings.log_every, last) or evaluate_now or ending:
+                metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+                check_terms(step, metrics, weights)
+                seconds = clock.seconds()
+                metrics["tokens_per_second"] = clock.tokens / seconds
+                metrics["tokens_seen"] = log.tokens_seen + clock.tokens
+                progress.show(step, metrics["loss"], metrics["tokens_per_second"], seconds / clock.steps)
+                if evaluate_now:
+                    metrics |= _held_out(trainer, state, dataset, config)
+                log.write(step, metrics)
+                clock = _Clock()
+            if _due(step, settings.checkpoint_every, last):
+                jax.block_until_ready(state.step)
+                before = time.perf_counter()
+                checkpoints.save(state, iterator)
+                clock.leave_out(time.perf_counter() - before)
+    finally:
+        progress.close()
+        log.close()
+    return state, step

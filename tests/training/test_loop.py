@@ -112,6 +112,11 @@ def test_init_from_takes_the_weights_and_nothing_else(straight, corpus, shared, 
     with pytest.raises(c.ConfigError, match="config.model differs"):
         train(other, tmp_path / "other", init_from=str(workdir))
     assert not (tmp_path / "other").exists()
+    (tmp_path / "unborn").mkdir()
+    (tmp_path / "unborn" / "config.json").write_text(c.to_json(config))
+    with pytest.raises(c.ConfigError, match="holds no checkpoint yet"):
+        train(config, tmp_path / "other", init_from=str(tmp_path / "unborn"), **shared)
+    assert not (tmp_path / "other").exists()
 
 
 def folder_state(folder):

@@ -1,0 +1,201 @@
+"""What cannot run is refused here, before anything is built."""
+
+import dataclasses
+from typing import Any
+
+from dsv3_jax.config.checks import check_types, require
+from dsv3_jax.config.schema import (
+    DTYPES,
+    REMAT_POLICIES,
+    BpeTokenizer,
+    Config,
+    DataConfig,
+    GroupedQuery,
+    MixtureOfExperts,
+    ModelConfig,
+    Pattern,
+    Segmented,
+    TrainConfig,
+    WarmupStableDecay,
+    Windowed,
+)
+
+
+def validate(config: Config) -> None:
+    """Raises `ConfigError` naming the first field that cannot work."""
+    check_types(config)
+    _validate_model(config.model)
+    _validate_data(config.data)
+    _validate_train(config.train)
+    _validate_mesh(config)
+    tokenizer = config.data.tokenizer
+    if isinstance(tokenizer, BpeTokenizer):
+        require(
+            tokenizer.vocab_size <= config.model.vocab_size,
+            "data.tokenizer.vocab_size",
+            tokenizer.vocab_size,
+            f"must be at most model.vocab_size={config.model.vocab_size}",
+        )
+
+
+def _require_positive(owner: Any, prefix: str, *names: str, minimum: float = 1) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        require(value >= minimum, f"{prefix}.{name}", value, f"must be at least {minimum}")
+
+
+def _require_one_of(owner: Any, prefix: str, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(owner, name)
+    require(value in choices, f"{prefix}.{name}", value, f"must be one of {', '.join(choices)}")
+
+
+def validate_pattern(pattern: Pattern, prefix: str = "model.attention.pattern") -> None:
+    """Raises `ConfigError` for a window or segment below 1, or global positions that are not distinct and ≥ 0."""
+    if isinstance(pattern, Windowed):
+        _require_positive(pattern, prefix, "window")
+        positions = pattern.global_positions
+        require(
+            all(p >= 0 for p in positions) and len(set(positions)) == len(positions),
+            f"{prefix}.global_positions",
+            positions,
+            "must be distinct positions of at least 0",
+        )
+    elif isinstance(pattern, Segmented):
+        _require_positive(pattern, prefix, "segment")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    _require_positive(model, "model", "vocab_size", "dim", "num_layers", "dense_dim")
+    _require_one_of(model, "model", "compute_dtype", DTYPES)
+    _require_one_of(model, "model", "remat", REMAT_POLICIES)
+    require(
+        0 <= model.num_dense_layers <= model.num_layers,
+        "model.num_dense_layers",
+        model.num_dense_layers,
+        f"must be between 0 and model.num_layers={model.num_layers}",
+    )
+    projection, prefix = model.attention.projection, "model.attention.projection"
+    if isinstance(projection, GroupedQuery):
+        _require_positive(projection, prefix, "num_heads", "num_kv_heads", "head_dim")
+        require(
+            projection.num_heads % projection.num_kv_heads == 0,
+            f"{prefix}.num_heads",
+            projection.num_heads,
+            f"must be a multiple of num_kv_heads={projection.num_kv_heads}",
+        )
+        require(projection.head_dim % 2 == 0, f"{prefix}.head_dim", projection.head_dim, "must be even, for RoPE")
+    else:
+        _require_positive(
+            projection, prefix, "num_heads", "latent_dim", "nope_head_dim", "rope_head_dim", "value_head_dim"
+        )
+        require(
+            projection.query_latent_dim is None or projection.query_latent_dim >= 1,
+            f"{prefix}.query_latent_dim",
+            projection.query_latent_dim,
+            "must be at least 1, or none for queries without compression",
+        )
+        require(projection.rope_head_dim % 2 == 0, f"{prefix}.rope_head_dim", projection.rope_head_dim, "must be even")
+    validate_pattern(model.attention.pattern)
+    if model.moe is None:
+        require(
+            model.num_dense_layers == model.num_layers,
+            "model.num_dense_layers",
+            model.num_dense_layers,
+            f"must equal model.num_layers={model.num_layers} when model.moe is none",
+        )
+    else:
+        _validate_moe(model.moe)
+
+
+def _validate_moe(moe: MixtureOfExperts) -> None:
+    router, prefix = moe.router, "model.moe.router"
+    _require_positive(moe, "model.moe", "num_experts", "expert_dim")
+    _require_positive(moe, "model.moe", "num_shared_experts", minimum=0)
+    _require_positive(router, prefix, "top_k", "num_groups", "top_groups")
+    _require_positive(router, prefix, "bias_update_rate", "balance_weight", minimum=0)
+    require(
+        moe.num_experts % router.num_groups == 0,
+        "model.moe.num_experts",
+        moe.num_experts,
+        f"must be a multiple of router.num_groups={router.num_groups}",
+    )
+    group_size = moe.num_experts // router.num_groups
+    require(
+        router.top_groups <= router.num_groups,
+        f"{prefix}.top_groups",
+        router.top_groups,
+        f"must be at most num_groups={router.num_groups}",
+    )
+    require(
+        router.top_k <= router.top_groups * group_size,
+        f"{prefix}.top_k",
+        router.top_k,
+        f"must be at most {router.top_groups * group_size}, the experts in the {router.top_groups} chosen group(s)"
+        f" of {group_size}",
+    )
+    require(
+        router.num_groups == 1 or group_size >= 2,
+        f"{prefix}.num_groups",
+        router.num_groups,
+        f"leaves {group_size} expert(s) a group; a group is scored by its two best, so use at most"
+        f" {moe.num_experts // 2} groups",
+    )
+
+
+def _validate_data(data: DataConfig) -> None:
+    _require_positive(data, "data", "sequence_length", "max_segments")
+    require(len(data.domains) > 0, "data.domains", data.domains, "must hold at least one domain")
+    names = [domain.name for domain in data.domains]
+    require(len(set(names)) == len(names), "data.domains", names, "must have distinct names")
+    for index, domain in enumerate(data.domains):
+        require(domain.weight > 0, f"data.domains.{index}.weight", domain.weight, "must be positive")
+        path = getattr(domain.corpus, "path", None)
+        require(path != "", f"data.domains.{index}.corpus.path", path, "must name a file or folder")
+    require(0 < data.held_out_fraction < 1, "data.held_out_fraction", data.held_out_fraction, "must be between 0 and 1")
+    if isinstance(data.tokenizer, BpeTokenizer):
+        require(
+            data.tokenizer.vocab_size >= 259,
+            "data.tokenizer.vocab_size",
+            data.tokenizer.vocab_size,
+            "must be at least 259: 256 bytes and 3 special tokens",
+        )
+
+
+def _validate_train(train: TrainConfig) -> None:
+    _require_positive(train, "train", "batch_size", "microbatches", "keep_checkpoints", "eval_rows", "log_every")
+    _require_positive(train, "train", "num_steps", "checkpoint_every", "eval_every", minimum=0)
+    require(
+        train.batch_size % train.microbatches == 0,
+        "train.batch_size",
+        train.batch_size,
+        f"must be a multiple of train.microbatches={train.microbatches}",
+    )
+    schedule = train.schedule
+    spent = schedule.warmup_steps + (schedule.decay_steps if isinstance(schedule, WarmupStableDecay) else 0)
+    require(
+        0 <= spent <= schedule.total_steps,
+        "train.schedule.total_steps",
+        schedule.total_steps,
+        f"must be at least the {spent} steps of warm-up and decay",
+    )
+    for name in ("first_moment_dtype", "second_moment_dtype"):
+        _require_one_of(train.optimizer, "train.optimizer", name, DTYPES)
+    require(train.optimizer.clip_norm > 0, "train.optimizer.clip_norm", train.optimizer.clip_norm, "must be positive")
+
+
+def _validate_mesh(config: Config) -> None:
+    mesh = config.mesh
+    names = [axis.name for axis in dataclasses.fields(mesh)]
+    _require_positive(mesh, "mesh", *names)
+    for name in ("pipeline", "context"):
+        size = getattr(mesh, name)
+        require(size == 1, f"mesh.{name}", size, f"must be 1: there is no {name} parallelism yet; use data or fsdp")
+    rows = config.train.batch_size // config.train.microbatches
+    batch_shards = mesh.data * mesh.fsdp * mesh.expert
+    require(
+        rows % batch_shards == 0,
+        "train.batch_size",
+        config.train.batch_size,
+        f"each of {config.train.microbatches} micro-batch(es) must split over mesh.data x fsdp x expert"
+        f" = {batch_shards} devices",
+    )
