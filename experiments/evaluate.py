@@ -23,6 +23,7 @@ def main() -> None:
     from dsv3_jax.evaluation.bits_per_byte import evaluate
     from dsv3_jax.sharding import make_mesh
     from dsv3_jax.training.checkpoints import restore_run, run_config
+    from dsv3_jax.training.loop import check_data
     from dsv3_jax.training.step import Trainer
 
     run_config(WORKDIR.value)  # says so if there is no run
@@ -30,6 +31,7 @@ def main() -> None:
     trainer = Trainer(config, make_mesh(config.mesh))
     variables, step = restore_run(WORKDIR.value, trainer)
     dataset = load_dataset(config.data, config.model.vocab_size)
+    check_data(pathlib.Path(WORKDIR.value), dataset, "tokenizer", "documents")
     measured = evaluate(config, variables, dataset, trainer.mesh, ROWS.value)
     result = {"step": step, "domains": {name: value._asdict() for name, value in measured.items()}}
     path = pathlib.Path(WORKDIR.value) / "eval.json"

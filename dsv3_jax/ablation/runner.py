@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsv3_jax.config import Ablation, Config, ConfigError, to_json
+from dsv3_jax.config import Ablation, Config, ConfigError, load, to_json
 from dsv3_jax.data.pipeline import Dataset, load_dataset
 from dsv3_jax.planning.flops import count_parameters, training_flops
 from dsv3_jax.planning.hlo import count_flops
@@ -96,17 +96,28 @@ def _train_row(row: Row, config: Config, workdir: pathlib.Path, shared: _Shared)
             seeded.validate()
             if not (config.train.eval_every and config.train.log_every):
                 raise ConfigError("config.train.eval_every=0: an ablation needs the held-out loss at the end")
+            _check_budget(seeded, folder)
             result = train(seeded, folder, trainer=shared.trainer(config), dataset=shared.dataset(config))
         except Exception as error:  # whatever it is, the other rows go on and the table says so
             row.error = f"seed {seed}: {type(error).__name__}: {error}".splitlines()[0]
             print(f"failed: {row.error}", flush=True)
-            continue
+            return row
         if not result.finished:
             raise Interrupted(f"stopped in {folder}; the same command goes on there")
         _read_run(row, folder)
-    if not row.error:
-        _static_costs(row, config, shared.trainer(config))
+    _static_costs(row, config, shared.trainer(config))
     return row
+
+
+def _check_budget(config: Config, folder: pathlib.Path) -> None:
+    """Raises `ConfigError` if the folder's run had another length or evaluation: a table must not mix them."""
+    if not (folder / "config.json").is_file():
+        return
+    stored = load(str(folder / "config.json"))
+    for name in ("num_steps", "eval_rows", "eval_every"):
+        theirs, ours = getattr(stored.train, name), getattr(config.train, name)
+        if theirs != ours:
+            raise ConfigError(f"{folder}: its run has config.train.{name}={theirs}, now {ours}; use another workdir")
 
 
 def _read_run(row: Row, folder: pathlib.Path) -> None:

@@ -188,4 +188,12 @@ def load_ablation(path: str, overrides: typing.Iterable[tuple[str, str]] = ()) -
     for config in ablation.rows.values():
         for dotted, text in overrides:
             apply_override(config, dotted, text)
+    baseline = ablation.rows[ablation.baseline]
+    for name, config in ablation.rows.items():
+        same = config.data == baseline.data and config.train.batch_size == baseline.train.batch_size
+        if not same or config.train.num_steps != baseline.train.num_steps:
+            raise ConfigError(
+                f"{path}: row {name!r} differs from {ablation.baseline!r} in data, batch_size or num_steps; "
+                "every row must see the same tokens"
+            )
     return ablation

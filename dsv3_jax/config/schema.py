@@ -295,7 +295,7 @@ class AdamW:
     """AdamW (Loshchilov & Hutter 2019), no decay on norms and biases, gradients clipped to `clip_norm`.
 
     `learning_rate` is the peak for width `base_dim`; matrices of a model of width `dim` train at
-    learning_rate x base_dim / dim, embeddings and norms at learning_rate (Yang et al., arXiv:2203.03466, table 8).
+    learning_rate x base_dim / dim, embeddings and norms at learning_rate (Yang et al., arXiv:2203.03466).
     """
 
     learning_rate: float = 3e-3

@@ -28,6 +28,13 @@ def validate(config: Config) -> None:
     _validate_data(config.data)
     _validate_train(config.train)
     _validate_mesh(config)
+    model, optimizer = config.model, config.train.optimizer
+    require(
+        not model.tie_embeddings or optimizer.base_dim == model.dim,
+        "model.tie_embeddings",
+        True,
+        f"needs train.optimizer.base_dim={model.dim}, the model's width: the width rule has no form for tied weights",
+    )
     tokenizer = config.data.tokenizer
     if isinstance(tokenizer, BpeTokenizer):
         require(
@@ -68,6 +75,7 @@ def _validate_model(model: ModelConfig) -> None:
     _require_positive(model, "model", "vocab_size", "dim", "num_layers", "dense_dim")
     _require_one_of(model, "model", "compute_dtype", DTYPES)
     _require_one_of(model, "model", "remat", REMAT_POLICIES)
+    require(model.init_std is None or model.init_std > 0, "model.init_std", model.init_std, "must be positive or none")
     require(
         0 <= model.num_dense_layers <= model.num_layers,
         "model.num_dense_layers",
@@ -145,10 +153,12 @@ def _validate_moe(moe: MixtureOfExperts) -> None:
 def _validate_data(data: DataConfig) -> None:
     _require_positive(data, "data", "sequence_length", "max_segments")
     require(len(data.domains) > 0, "data.domains", data.domains, "must hold at least one domain")
+    require(any(d.weight > 0 for d in data.domains), "data.domains", data.domains, "must hold a weight above 0")
     names = [domain.name for domain in data.domains]
     require(len(set(names)) == len(names), "data.domains", names, "must have distinct names")
     for index, domain in enumerate(data.domains):
-        require(domain.weight > 0, f"data.domains.{index}.weight", domain.weight, "must be positive")
+        require(domain.weight >= 0, f"data.domains.{index}.weight", domain.weight, "must be at least 0")
+        require("/" not in domain.name, f"data.domains.{index}.name", domain.name, "must hold no '/'")
         path = getattr(domain.corpus, "path", None)
         require(path != "", f"data.domains.{index}.corpus.path", path, "must name a file or folder")
     require(0 < data.held_out_fraction < 1, "data.held_out_fraction", data.held_out_fraction, "must be between 0 and 1")
@@ -170,7 +180,15 @@ def _validate_train(train: TrainConfig) -> None:
         train.batch_size,
         f"must be a multiple of train.microbatches={train.microbatches}",
     )
+    _require_positive(train.optimizer, "train.optimizer", "base_dim")
+    require(
+        train.optimizer.learning_rate > 0,
+        "train.optimizer.learning_rate",
+        train.optimizer.learning_rate,
+        "must be positive",
+    )
     schedule = train.schedule
+    _require_positive(schedule, "train.schedule", "warmup_steps", minimum=0)
     spent = schedule.warmup_steps + (schedule.decay_steps if isinstance(schedule, WarmupStableDecay) else 0)
     require(
         0 <= spent <= schedule.total_steps,

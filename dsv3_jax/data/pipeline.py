@@ -24,12 +24,16 @@ ENCODE_BATCH = 256
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Packed rows of each domain, split by document, and the tokenizer they were made with."""
+    """Packed rows of each domain, split by document, and the tokenizer they were made with.
+
+    `fingerprints` of the tokenizer and of all documents change when the text does.
+    """
 
     config: DataConfig
     tokenizer: Tokenizer
     train: dict[str, PackedRows]
     held_out: dict[str, PackedRows]
+    fingerprints: dict[str, str]
 
     def iterator(self, batch_size: int) -> Any:
         """An endless, checkpointable iterator over training batches: dicts of int32 [batch, length].
@@ -39,6 +43,8 @@ class Dataset:
         """
         parts, weights = [], []
         for index, domain in enumerate(self.config.domains):
+            if not domain.weight:
+                continue
             rows = grain.MapDataset.source(self.train[domain.name])
             parts.append(rows.seed(self.config.seed + index).shuffle().repeat())
             weights.append(domain.weight)
@@ -61,11 +67,12 @@ def load_dataset(config: DataConfig, vocab_size: int) -> Dataset:
     """Fetches corpora, trains or reads the tokenizer, tokenizes (cached by content) and packs.
 
     Raises:
-      ConfigError: missing or unusable corpora, a tokenizer larger than the model's `vocab_size`, or a domain whose
-        training documents do not fill one row.
+      ConfigError: missing or unusable corpora, a tokenizer that is not byte-level, or one larger than `vocab_size`.
     """
     found = {}
     for index, domain in enumerate(config.domains):
+        if not domain.weight:
+            continue
         documents = corpora.documents(domain.corpus)
         found[domain.name] = corpora.split(documents, config.held_out_fraction, f"config.data.domains.{index}")
     tokenizer = make_tokenizer(config.tokenizer, {name: [d.text for d in train] for name, (train, _) in found.items()})
@@ -73,6 +80,10 @@ def load_dataset(config: DataConfig, vocab_size: int) -> Dataset:
         raise ConfigError(
             f"config.model.vocab_size={vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; raise it to that"
         )
+    documents_key = hashlib.sha256()
+    for name, splits in sorted(found.items()):
+        for document in (*splits[0], *splits[1]):
+            documents_key.update(hashlib.sha256(f"{name}/{document.name}/{document.text}".encode()).digest())
     packed = [
         {
             name: PackedRows(_token_file(splits[side], tokenizer), config.sequence_length, config.max_segments)
@@ -80,7 +91,8 @@ def load_dataset(config: DataConfig, vocab_size: int) -> Dataset:
         }
         for side in (0, 1)
     ]
-    return Dataset(config, tokenizer, *packed)
+    fingerprints = {"tokenizer": tokenizer.fingerprint, "documents": documents_key.hexdigest()}
+    return Dataset(config, tokenizer, packed[0], packed[1], fingerprints)
 
 
 def _token_file(documents: list[corpora.Document], tokenizer: Tokenizer) -> TokenFile:
@@ -99,6 +111,12 @@ def _token_file(documents: list[corpora.Document], tokenizer: Tokenizer) -> Toke
                 for ids in tokenizer.encode_batch(texts):
                     encoded.append(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.uint32))
             text_bytes = sum(len(document.text.encode()) for document in documents)
+            counted = sum(int(tokenizer.bytes_V[ids].sum()) for ids in encoded)
+            if counted != text_bytes:
+                raise ConfigError(
+                    f"config.data.tokenizer: its tokens stand for {counted} bytes of {text_bytes}; it must be "
+                    "byte-level, without normaliser, prefix space or truncation"
+                )
             TokenFile.write(folder.parent / temporary / "new", encoded, text_bytes)
             if not folder.is_dir():
                 os.replace(folder.parent / temporary / "new", folder)

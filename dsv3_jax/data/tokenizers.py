@@ -30,6 +30,8 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, bos: str, eos: str):
         self._inner = inner
         inner.encode_special_tokens = True
+        inner.no_truncation()
+        inner.no_padding()
         bos_id, eos_id = inner.token_to_id(bos), inner.token_to_id(eos)
         if bos_id is None or eos_id is None:
             missing = bos if bos_id is None else eos

@@ -55,6 +55,8 @@ class Transformer(nn.Module):
         """
         config = self.config
         B, T = tokens_BT.shape
+        if (positions_BT is None) != (segment_ids_BT is None):
+            raise ValueError("give both positions and segment ids, or neither: positions restart in each document")
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         if segment_ids_BT is None:
@@ -76,7 +78,7 @@ class Transformer(nn.Module):
         hidden_BTD = RMSNorm(config.norm_epsilon, name="final_norm")(x_BTD)
 
         if not config.tie_embeddings:
-            # std 1/D, not 1/sqrt(D): logits start small at every width (arXiv:2203.03466, table 8).
+            # std 1/D, not 1/sqrt(D): logits start small at every width (arXiv:2203.03466).
             init = nn.initializers.normal(config.init_std or 1 / config.dim)
             head_DV = parameter(self, "head", init, shape[::-1], logical[::-1])
         else:

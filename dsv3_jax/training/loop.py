@@ -96,8 +96,20 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _complete_lines(pathlib.Path(workdir) / "metrics.jsonl")]
 
 
-def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
-    """Writes `config.json` into a new folder, or checks that the folder holds a run of the same config.
+def check_data(workdir: pathlib.Path, dataset: Dataset, *names: str) -> None:
+    """Raises `ConfigError` if the run's tokenizer or documents are not those of `dataset`: same config, other text."""
+    path = workdir / "data.json"
+    stored = json.loads(path.read_text()) if path.is_file() else dataset.fingerprints
+    for name in names:
+        if stored[name] != dataset.fingerprints[name]:
+            raise ConfigError(
+                f"{workdir}: was trained with another {name} (the text of config.data has changed); use the "
+                "run's own text, or another workdir"
+            )
+
+
+def claim_workdir(config: Config, workdir: pathlib.Path, dataset: Dataset) -> None:
+    """Writes `config.json` and `data.json` into a new folder, or checks that its run has the same config and text.
 
     Raises:
       ConfigError: the folder holds another run or other files. Nothing in it is changed then.
@@ -112,12 +124,14 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
                 f"--workdir={workdir}: holds a run with config.{name}={theirs!r}, now {ours!r}{more}; use another "
                 "workdir, or the run's own config"
             )
+        check_data(workdir, dataset, "tokenizer", "documents")
     elif workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"--workdir={workdir}: is not empty and holds no run (no config.json); use another folder")
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(to_json(config))
-    os.replace(temporary, path)
+    for name, text in (("data.json", json.dumps(dataset.fingerprints)), ("config.json", to_json(config))):
+        temporary = workdir / f"{name}.part"
+        temporary.write_text(text)
+        os.replace(temporary, workdir / name)
 
 
 def check_terms(step: int, metrics: dict[str, float], weights: dict[str, float]) -> None:
@@ -194,10 +208,11 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def _check_source(init_from: str, config: Config) -> None:
-    """Raises `ConfigError` unless `init_from` is a run of the same model with a checkpoint."""
+def _check_source(init_from: str, config: Config, dataset: Dataset) -> None:
+    """Raises `ConfigError` unless `init_from` is a run of the same model and tokenizer, with a checkpoint."""
     if run_config(init_from).model != config.model:
         raise ConfigError(f"--init_from={init_from}: its config.model differs from this run's; the weights do not fit")
+    check_data(pathlib.Path(init_from), dataset, "tokenizer")
     open_checkpoints(init_from).close()
 
 
@@ -237,8 +252,8 @@ def train(
         trainer = trainer or Trainer(config, make_mesh(config.mesh))
         dataset = dataset or load_dataset(config.data, config.model.vocab_size)
         if init_from is not None:
-            _check_source(init_from, config)
-        claim_workdir(config, workdir)
+            _check_source(init_from, config, dataset)
+        claim_workdir(config, workdir, dataset)
         checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
         try:
             iterator = dataset.iterator(config.train.batch_size)
@@ -280,7 +295,9 @@ def _run(
             ending = step == last or stop.asked
             clock.count(int((batch["segment_ids"] > 0).sum()))
             evaluate_now = _due(step, settings.eval_every, last)
-            if _due(step, settings.log_every, last) or evaluate_now or ending:
+            save_now = _due(step, settings.checkpoint_every, last)
+            # A state is checked before it is saved.
+            if _due(step, settings.log_every, last) or evaluate_now or save_now or ending:
                 metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
                 check_terms(step, metrics, weights)
                 seconds = clock.seconds()
@@ -291,7 +308,7 @@ def _run(
                     metrics |= _held_out(trainer, state, dataset, config)
                 log.write(step, metrics)
                 clock = _Clock()
-            if _due(step, settings.checkpoint_every, last):
+            if save_now:
                 jax.block_until_ready(state.step)
                 before = time.perf_counter()
                 checkpoints.save(state, iterator)

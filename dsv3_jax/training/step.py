@@ -199,6 +199,7 @@ class Trainer:
         if load_LE.shape[0] and moe is not None:
             metrics["router/max_over_mean"] = jnp.mean(jnp.max(load_LE, axis=-1) / jnp.mean(load_LE, axis=-1))
             assigned = jnp.sum(batch["segment_ids"] > 0) * (moe.router.top_k * load_LE.shape[0])
+            # 0 with the dropless dispatches; a dispatch with a capacity will count what it kept.
             metrics["router/dropped"] = 1 - jnp.sum(load_LE) / jnp.maximum(assigned, 1)
         new_state = TrainState(
             step=state.step + 1,

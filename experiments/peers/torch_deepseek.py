@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from dsv3_jax.config import Config, ConfigError, Latent
+from dsv3_jax.config import Config, ConfigError, Full, Latent
 
 
 def make_model(config: Config) -> DeepseekV3ForCausalLM:
@@ -13,6 +13,8 @@ def make_model(config: Config) -> DeepseekV3ForCausalLM:
     projection = model.attention.projection
     if not isinstance(projection, Latent) or moe is None:
         raise ConfigError("the torch peer is DeepSeek-V3: config.model needs latent attention and experts")
+    if not isinstance(model.attention.pattern, Full) or model.compute_dtype != "float32":
+        raise ConfigError("the torch peer has full attention in float32: config.model must have it too")
     hf_config = DeepseekV3Config(
         vocab_size=model.vocab_size,
         hidden_size=model.dim,

@@ -1,6 +1,7 @@
 """One optimizer step of a DeepSeek-V3-shaped model: ours against Hugging Face transformers on PyTorch."""
 
 import os
+import pathlib
 from collections.abc import Callable
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from dsv3_jax.config import load
 
 UNIT = "tokens/s"
-DEFAULT_CONFIG = "configs/small.py"
+DEFAULT_CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "small.py")
 
 
 def contenders(config_path: str | None) -> tuple[int, dict[str, Callable[[], object]], list[str]]:

@@ -40,7 +40,7 @@ def test_rows_hold_quality_by_seed_and_costs(table):
 
 def test_the_report_says_what_failed_and_what_it_could_have_seen(table):
     workdir, rows, text = table
-    assert "failed: seed 1: ConfigError: config.model.attention.pattern.window=0: must be at least 1" in text
+    assert "failed: seed 0: ConfigError: config.model.attention.pattern.window=0: must be at least 1" in text
     for said in ("baseline", "the command", "FLOP ledger", f"{smallest_effect(rows):.4f}", "full (A/A)"):
         assert said in text
     assert (workdir / "patterns.png").read_bytes().startswith(b"\x89PNG")

@@ -47,6 +47,8 @@ def windowed_attention(
         raise ConfigError(
             f"config.model.attention.implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}"
         )
+    if (positions_BT is None) != (segment_ids_BT is None):
+        raise ValueError("give both positions and segment ids, or neither: positions restart in each document")
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     if segment_ids_BT is None:
