@@ -57,6 +57,24 @@ def test_a_second_call_skips_finished_runs_and_gives_the_same_quality(table, cor
     assert [row.quality() for row in again] == [row.quality() for row in rows]
 
 
+def test_a_table_refuses_to_mix_budgets(table, corpus, tmp_path):
+    workdir, _, _ = table
+    longer = ablation(corpus)
+    for config in longer.rows.values():
+        config.train.num_steps = 4
+    rows = run_ablation(longer, workdir)
+    assert "num_steps=3, now 4; use another workdir" in rows[0].error
+    file = tmp_path / "table.py"
+    file.write_text(
+        "from dsv3_jax import config as c\n"
+        "def get_ablation():\n"
+        "    rows = {'a': c.Config(), 'b': c.Config(train=c.TrainConfig(batch_size=16))}\n"
+        "    return c.Ablation('t', rows, baseline='a')\n"
+    )
+    with pytest.raises(c.ConfigError, match="row 'b' differs from 'a'"):
+        c.load_ablation(str(file))
+
+
 def test_statistics_by_hand():
     rows = [Row(name, [0, 1], {"a": values}) for name, values in (("x", [1.0, 1.2]), ("y", [2.0, 2.2]))]
     # pooled s = sqrt(0.02), 2 degrees of freedom, t = 4.3027, n = 2

@@ -111,5 +111,7 @@ def test_errors_say_what_does_not_fit():
         windowed_attention(q, k, v, pattern=c.Full(), scale=1.0, implementation="flash")
     with pytest.raises(ValueError, match="not a multiple of"):
         windowed_attention(q[:, :, :3], k, v, pattern=c.Full(), scale=1.0)
+    with pytest.raises(ValueError, match="both positions and segment ids"):
+        windowed_attention(q, k, v, pattern=c.Full(), scale=1.0, segment_ids_BT=jnp.ones((B, T), jnp.int32))
     with pytest.raises(ValueError, match="width differ"):
         windowed_attention(q[..., :4], k, v, pattern=c.Full(), scale=1.0)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,24 @@ def test_the_folder_of_another_config_or_of_other_files_is_left_alone(straight, 
     with pytest.raises(c.ConfigError, match="is not empty and holds no run"):
         train(config, tmp_path, **shared)
     assert folder_state(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_a_run_is_tied_to_its_text(straight, corpus, shared, tmp_path):
+    """The config names a folder; what is in it may change."""
+    config, workdir, _ = straight
+    changed = dataclasses.replace(shared["dataset"], fingerprints={"tokenizer": "other", "documents": "other"})
+    before = folder_state(workdir)
+    with pytest.raises(c.ConfigError, match="was trained with another tokenizer"):
+        train(config, workdir, trainer=shared["trainer"], dataset=changed)
+    with pytest.raises(c.ConfigError, match="was trained with another tokenizer"):
+        train(config, tmp_path / "new", init_from=str(workdir), trainer=shared["trainer"], dataset=changed)
+    assert folder_state(workdir) == before and not (tmp_path / "new").exists()
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    data = dataclasses.replace(config.data, domains=(c.Domain("words", c.TextFiles(str(copy))),))
+    assert load_dataset(data, 320).fingerprints == shared["dataset"].fingerprints
+    (copy / "00.txt").write_text("something else entirely")
+    assert load_dataset(data, 320).fingerprints["documents"] != shared["dataset"].fingerprints["documents"]
 
 
 def test_half_a_line_and_lines_after_the_checkpoint_are_dropped(corpus, shared, tmp_path):
