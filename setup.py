@@ -18,7 +18,6 @@ setup(
         "grain>=0.2.18",
         "jax>=0.10.2",
         "matplotlib",
-        "ml-collections>=1.1",
         "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
