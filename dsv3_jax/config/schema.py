@@ -8,41 +8,114 @@ from typing import ClassVar
 
 @dataclass
 class Full:
-    """Every query sees every key of its document up to itself."""
+    """Every query sees every key of its document."""
 
     kind: ClassVar[str] = "full"
 
 
 @dataclass
 class Windowed:
-    """Query at position p sees keys p - window + 1 … p, and the keys at `global_positions` of its own document.
+    """Windows of `window` positions begin at every multiple of `stride`; a query sees the keys it shares a window with.
 
-    `global_positions` are absolute positions in a document; under causality only later queries see them.
+    stride=1 is the sliding window (query p sees keys p - window + 1 ... p), stride=window/2 overlapping windows,
+    stride=window disjoint ones. Beside them every query sees the keys at `global_positions` of its own document
+    (absolute; under causality only later queries see them) and at `global_fractions` of its length (0 the first token,
+    0.5 the middle, 1 the last; refused under causality, where the length is not known yet).
     """
 
     window: int = 256
+    stride: int = 1
     global_positions: tuple[int, ...] = ()
+    global_fractions: tuple[float, ...] = ()
     kind: ClassVar[str] = "windowed"
 
 
 @dataclass
+class TaskWindow:
+    """The window of a task; `task` is the name of a domain in training, and of `--task` in generation."""
+
+    task: str = ""
+    window: int = 256
+
+
+@dataclass
+class RuntimeWindowed:
+    """A sliding window whose size is an array, one value a token, of at most `window`: no recompilation to change it.
+
+    `tasks` names the window of each task; a task that is not named has `window`.
+    """
+
+    window: int = 4096
+    global_positions: tuple[int, ...] = ()
+    tasks: tuple[TaskWindow, ...] = ()
+    kind: ClassVar[str] = "runtime_windowed"
+
+
+@dataclass
 class Segmented:
-    """Positions are cut into segments; a query sees the keys of its own segment up to itself."""
+    """Positions are cut into segments. keys="segment": a query sees the keys of its own segment. keys="all": queries
+    are computed a segment at a time over all keys; the result is that of `Full`, the memory that of one segment."""
 
     segment: int = 256
+    keys: str = "segment"
     kind: ClassVar[str] = "segmented"
 
 
-Pattern = Full | Windowed | Segmented
+@dataclass
+class LearnedGlobal:
+    """Local windows (see `Windowed`) and the `top_k` tokens that a learned gate scores best.
+
+    A query sees the best tokens of the blocks of `window` positions before its own. The log-sigmoid of the gate is
+    added to their attention scores, so that the gate is trained by what it lets through.
+    """
+
+    window: int = 64
+    stride: int = 64
+    top_k: int = 16
+    kind: ClassVar[str] = "learned_global"
+
+
+@dataclass
+class Sparse:
+    """DeepSeek sparse attention (DeepSeek-V3.2, section 2): an indexer picks `top_k` keys for each query.
+
+    stage="warmup": attention stays dense and the indexer learns to predict it; "sparse": only the picked keys are seen.
+    The indexer learns from a loss of its own, of weight `loss_weight`, and from no other.
+    """
+
+    top_k: int = 2048
+    index_heads: int = 64
+    index_dim: int = 128
+    stage: str = "sparse"
+    loss_weight: float = 1.0
+    kind: ClassVar[str] = "sparse"
+
+
+LayerPattern = Full | Windowed | RuntimeWindowed | Segmented | LearnedGlobal | Sparse
+
+
+@dataclass
+class PerLayer:
+    """Layer i has pattern i mod n of the n given ones."""
+
+    patterns: tuple[LayerPattern, ...] = field(default_factory=lambda: (Windowed(), Windowed(), Full()))
+    kind: ClassVar[str] = "per_layer"
+
+
+Pattern = LayerPattern | PerLayer
 
 
 @dataclass
 class GroupedQuery:
-    """Grouped-query attention (Ainslie et al. 2023): `num_kv_heads` keys and values shared by `num_heads` queries."""
+    """Grouped-query attention (Ainslie et al. 2023): `num_kv_heads` keys and values shared by `num_heads` queries.
+
+    `qk_norm` normalises each query and key head before rotation (Qwen3).
+    """
 
     num_heads: int = 4
     num_kv_heads: int = 4
     head_dim: int = 64
+    qk_norm: bool = False
     kind: ClassVar[str] = "grouped_query"
 
 
@@ -66,12 +139,61 @@ Projection = GroupedQuery | Latent
 
 
 @dataclass
+class LinearScaling:
+    """Positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
+
+    factor: float = 4.0
+    kind: ClassVar[str] = "linear"
+
+
+@dataclass
+class Yarn:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): slow rotations are interpolated by `factor`, fast ones kept.
+
+    With m(s) = 0.1 s ln(factor) + 1, rotations are scaled by m(mscale) / m(mscale_all_dim) and the softmax scale by
+    m(mscale_all_dim)^2, as DeepSeek-V2 and V3 do; mscale=1, mscale_all_dim=0 is the rule of the paper.
+    """
+
+    factor: float = 40.0
+    original_length: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+    kind: ClassVar[str] = "yarn"
+
+
+@dataclass
+class Llama3Scaling:
+    """Llama 3.1's rule: wavelengths above original_length / low_factor are interpolated by `factor`, those below
+    original_length / high_factor kept, those between blended."""
+
+    factor: float = 8.0
+    original_length: int = 8192
+    low_factor: float = 1.0
+    high_factor: float = 4.0
+    kind: ClassVar[str] = "llama3"
+
+
+RopeScaling = LinearScaling | Yarn | Llama3Scaling
+
+
+@dataclass
 class Attention:
-    """`implementation` names a kernel of `kernels/windowed_attention`; None picks the fastest that applies."""
+    """Projection, pattern, and what any of them can be combined with.
+
+    `causal=False` lets queries see later keys too (encoders). `sinks` gives each head a learned score that takes part
+    in the softmax and has no value (gpt-oss). `softcap` bounds scores: c tanh(s / c) (Gemma 2). `implementation` names
+    a kernel of `kernels/windowed_attention`; None picks the fastest that applies.
+    """
 
     projection: Projection = field(default_factory=Latent)
     pattern: Pattern = field(default_factory=Full)
+    causal: bool = True
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    sinks: bool = False
+    softcap: float | None = None
     implementation: str | None = None
 
 
@@ -99,6 +221,21 @@ class GroupedSigmoid:
 
 
 @dataclass
+class Softmax:
+    """Softmax scores; the best `top_k` experts of the best `top_groups` groups, a group scored by its best expert
+    (DeepSeek-V2, arXiv:2405.04434, section 2.2; one group: Mixtral, Qwen3). The other fields as in `GroupedSigmoid`."""
+
+    top_k: int = 2
+    num_groups: int = 1
+    top_groups: int = 1
+    route_scale: float = 1.0
+    normalize_weights: bool = True
+    bias_update_rate: float = 0.0
+    balance_weight: float = 1e-2
+    kind: ClassVar[str] = "softmax"
+
+
+@dataclass
 class DenseDispatch:
     """Every expert sees every token: the oracle. Costs num_experts / top_k times the work."""
 
@@ -113,7 +250,7 @@ class GroupedDispatch:
     kind: ClassVar[str] = "grouped"
 
 
-Router = GroupedSigmoid  # a union once there are more
+Router = GroupedSigmoid | Softmax
 Dispatch = DenseDispatch | GroupedDispatch
 
 
@@ -138,6 +275,7 @@ class ModelConfig:
 
     `moe=None` makes every layer dense. `init_std=None` initialises a matrix with std 1/sqrt(fan_in); a number is used
     for every matrix alike (the published model: 0.006). `unroll=None` unrolls the layer scans on CPU only.
+    `context_length` is the longest text a published model was made for; generation refuses more.
     """
 
     vocab_size: int = 8192
@@ -153,6 +291,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     unroll: bool | None = None
+    context_length: int | None = None
 
 
 # Data.
@@ -311,7 +450,10 @@ class AdamW:
 
 @dataclass
 class TrainConfig:
-    """`num_steps` only says when to stop; the schedule has its own length. Intervals are in steps, 0 switches off."""
+    """`num_steps` only says when to stop; the schedule has its own length. Intervals are in steps, 0 switches off.
+
+    `trainable`: only parameters with one of these words in their path are trained, as in ("indexer",). Empty: all.
+    """
 
     num_steps: int = 200
     batch_size: int = 8
@@ -319,6 +461,7 @@ class TrainConfig:
     seed: int = 0
     optimizer: AdamW = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Cosine)
+    trainable: tuple[str, ...] = ()
     log_every: int = 1
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
