@@ -24,8 +24,8 @@ class Windowed:
     """
 
     window: int = 256
-    stride: int = 1
     global_positions: tuple[int, ...] = ()
+    stride: int = 1
     global_fractions: tuple[float, ...] = ()
     kind: ClassVar[str] = "windowed"
 

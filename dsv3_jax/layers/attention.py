@@ -1,4 +1,4 @@
-"""Attention = projection × pattern: the projections, and their composition with the windowed-attention kernel."""
+"""Attention = projection × pattern, of a whole sequence to itself or of new tokens to a cache."""
 
 import jax
 import jax.numpy as jnp
@@ -6,124 +6,176 @@ from flax import linen as nn
 from flax import struct
 
 from dsv3_jax import axes
-from dsv3_jax.config import GroupedQuery, Latent, ModelConfig
+from dsv3_jax.config import LayerPattern, LearnedGlobal, ModelConfig, Sparse
+from dsv3_jax.kernels.sparse_attention import sparse_attention
 from dsv3_jax.kernels.windowed_attention import windowed_attention
-from dsv3_jax.layers.common import RMSNorm, weight
-from dsv3_jax.ops.rope import RopeTable, apply_rope, rope_table
+from dsv3_jax.layers.common import parameter, weight
+from dsv3_jax.layers.indexer import Gate, Indexer
+from dsv3_jax.layers.projections import Heads, make_projection, rotated_width, softmax_scale, stored_keys_values
+from dsv3_jax.ops.attention import add_sink, reference_attention
+from dsv3_jax.ops.caches import LayerCache, cache_layout, fill, slot_positions, write
+from dsv3_jax.ops.indexing import Index, index_scores
+from dsv3_jax.ops.patterns import Place, local_mask, visible
+from dsv3_jax.ops.rope import RopeTable, rope_table
 from dsv3_jax.sharding import constrain
 
 
 @struct.dataclass
-class Packing:
-    """Where the tokens of a batch stand: positions and segment ids [B, T] (see `ops.patterns`), and their rotations."""
+class CacheStep:
+    """What a call adds to a cache: length_B, the tokens of each row after it, and the cache's static sizes."""
 
-    positions_BT: jax.Array
-    segment_ids_BT: jax.Array
+    length_B: jax.Array
+    max_length: int = struct.field(pytree_node=False)
+    step: int = struct.field(pytree_node=False)
+    fresh: bool = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Packing:
+    """Where the tokens of a batch stand (see `ops.patterns`), their rotations, and the cache that they go on from."""
+
+    place: Place
     rope: RopeTable
     max_segments: int = struct.field(pytree_node=False, default=16)
+    cache_step: CacheStep | None = None
 
 
 def make_packing(
-    config: ModelConfig, positions_BT: jax.Array, segment_ids_BT: jax.Array, max_segments: int = 16
+    config: ModelConfig, place: Place, max_segments: int = 16, cache_step: CacheStep | None = None
 ) -> Packing:
     """The packing of a batch, with the rotations that the config's projection needs."""
-    projection = config.attention.projection
-    width = projection.head_dim if isinstance(projection, GroupedQuery) else projection.rope_head_dim
-    return Packing(
-        positions_BT, segment_ids_BT, rope_table(positions_BT, width, config.attention.rope_theta), max_segments
-    )
-
-
-class GroupedQueryProjection(nn.Module):
-    """x -> q_BTHN, k_BTGN, v_BTGN, rotated over the whole head width."""
-
-    config: ModelConfig
-    projection: GroupedQuery
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, rope: RopeTable) -> tuple[jax.Array, jax.Array, jax.Array]:
-        D, p = self.config.dim, self.projection
-        H, G, N = p.num_heads, p.num_kv_heads, p.head_dim
-        w_q_DHN = weight(self, self.config, "w_q", (D, H, N), (axes.FSDP_EMBED, axes.HEADS, axes.HEAD_DIM), D)
-        kv_axes = (axes.FSDP_EMBED, None, axes.KV_HEADS, axes.HEAD_DIM)
-        w_kv_D2GN = weight(self, self.config, "w_kv", (D, 2, G, N), kv_axes, D)
-        q_BTHN = jnp.einsum("BTD,DHN->BTHN", x_BTD, w_q_DHN)
-        kv_BT2GN = jnp.einsum("BTD,DxGN->BTxGN", x_BTD, w_kv_D2GN)
-        k_BTGN, v_BTGN = kv_BT2GN[:, :, 0], kv_BT2GN[:, :, 1]
-        return apply_rope(q_BTHN, rope), apply_rope(k_BTGN, rope), v_BTGN
-
-
-class LatentProjection(nn.Module):
-    """Multi-head latent attention (arXiv:2405.04434, equations 9-19): x -> q_BTHN, k_BTHN, v_BTHM, with N = nope + R.
-
-    Keys and values are rebuilt from a normalised latent of width C; the rotated part of the key is shared by all heads.
-    """
-
-    config: ModelConfig
-    projection: Latent
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, rope: RopeTable) -> tuple[jax.Array, jax.Array, jax.Array]:
-        config, p = self.config, self.projection
-        D, H, C, R, Q = config.dim, p.num_heads, p.latent_dim, p.rope_head_dim, p.query_latent_dim
-        nope, N, M = p.nope_head_dim, p.nope_head_dim + p.rope_head_dim, p.value_head_dim
-        up_axes = (axes.LATENT, axes.HEADS, axes.HEAD_DIM)
-        if Q is None:
-            w_q_DHN = weight(self, config, "w_q", (D, H, N), (axes.FSDP_EMBED, axes.HEADS, axes.HEAD_DIM), D)
-            q_BTHN = jnp.einsum("BTD,DHN->BTHN", x_BTD, w_q_DHN)
-        else:
-            w_q_down_DQ = weight(self, config, "w_q_down", (D, Q), (axes.FSDP_EMBED, None), D)
-            w_q_up_QHN = weight(self, config, "w_q_up", (Q, H, N), up_axes, Q)
-            latent_BTQ = RMSNorm(config.norm_epsilon, name="q_norm")(jnp.einsum("BTD,DQ->BTQ", x_BTD, w_q_down_DQ))
-            q_BTHN = jnp.einsum("BTQ,QHN->BTHN", latent_BTQ, w_q_up_QHN)
-        w_kv_down = weight(self, config, "w_kv_down", (D, C + R), (axes.FSDP_EMBED, None), D)
-        w_kv_up = weight(self, config, "w_kv_up", (C, H, nope + M), up_axes, C)
-        # jnp.split, not slices: its gradient is one concatenation.
-        latent_BTC, k_rope_BTR = jnp.split(jnp.einsum("BTD,DX->BTX", x_BTD, w_kv_down), [C], axis=-1)
-        latent_BTC = RMSNorm(config.norm_epsilon, name="kv_norm")(latent_BTC)
-        k_nope, v_BTHM = jnp.split(jnp.einsum("BTC,CHX->BTHX", latent_BTC, w_kv_up), [nope], axis=-1)
-        q_nope, q_rope = jnp.split(q_BTHN, [nope], axis=-1)
-        q_rope = apply_rope(q_rope, rope)
-        k_rope = apply_rope(k_rope_BTR[:, :, None], rope)
-        k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], R))
-        q_BTHN = jnp.concatenate([q_nope, q_rope], axis=-1)
-        k_BTHN = jnp.concatenate([k_nope, k_rope], axis=-1)
-        return q_BTHN, k_BTHN, v_BTHM
-
-
-def make_projection(config: ModelConfig, name: str | None = None) -> GroupedQueryProjection | LatentProjection:
-    """The module that turns x into queries, keys and values."""
-    match config.attention.projection:
-        case GroupedQuery() as projection:
-            return GroupedQueryProjection(config, projection, name=name)
-        case Latent() as projection:
-            return LatentProjection(config, projection, name=name)
+    attention = config.attention
+    rope = rope_table(place.position_BT, rotated_width(attention), attention.rope_theta, attention.rope_scaling)
+    return Packing(place, rope, max_segments, cache_step)
 
 
 class Attention(nn.Module):
-    """Projection, attention through the pattern, output projection."""
+    """Projection, attention through the pattern, output projection.
+
+    Returns out_BTD; the sums of the loss terms of this layer's learned parts; and the new cache, if one was given.
+    """
 
     config: ModelConfig
+    pattern: LayerPattern
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, packing: Packing) -> jax.Array:
-        attention = self.config.attention
-        q_BTHN, k_BTGN, v_BTGM = make_projection(self.config, name="projection")(x_BTD, packing.rope)
-        q_BTHN = constrain(q_BTHN, (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM))
-        k_BTGN = constrain(k_BTGN, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, axes.HEAD_DIM))
-        v_BTGM = constrain(v_BTGM, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, axes.HEAD_DIM))
-        out_BTHM, _ = windowed_attention(
+    def __call__(
+        self, x_BTD: jax.Array, packing: Packing, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array], LayerCache | None]:
+        config, pattern, step = self.config, self.pattern, packing.cache_step
+        extend = step is not None and not step.fresh
+        heads: Heads = make_projection(config, name="projection")(x_BTD, packing.rope, absorbed=extend)
+        learned = gate_BT = index = None
+        if isinstance(pattern, LearnedGlobal):
+            learned = gate_BT = Gate(config, name="gate")(x_BTD)
+        if isinstance(pattern, Sparse):
+            index = Indexer(config, pattern, name="indexer")(x_BTD, heads.query_input_BTQ, packing.rope)
+            learned = index.k_BSI
+        stored = (*heads.stored, *(() if learned is None else (learned,)))
+        losses: dict[str, jax.Array] = {}
+        if step is not None and extend:
+            assert cache is not None
+            cache = self._write(cache, stored, packing.place, step)
+            out_BTHM, lse_BHT = self._attend_cache(heads, index, cache, packing.place, step)
+        else:
+            out_BTHM, lse_BHT, losses = self._attend_self(heads, gate_BT, index, packing)
+            if step is not None:
+                layout = cache_layout(pattern, step.max_length, step.step)
+                cache = tuple(fill(layout, x, step.length_B) for x in stored)
+        if config.attention.sinks:
+            sink_H = parameter(self, "sinks", nn.initializers.zeros, (out_BTHM.shape[2],), (axes.HEADS,))
+            out_BTHM = add_sink(out_BTHM, lse_BHT, sink_H)
+        if heads.w_value_CHM is not None:
+            out_BTHM = jnp.einsum("BTHC,CHM->BTHM", out_BTHM, heads.w_value_CHM)
+        H, M, D = out_BTHM.shape[2], out_BTHM.shape[3], config.dim
+        out_axes = (axes.HEADS, axes.HEAD_DIM, axes.FSDP_EMBED)
+        w_out_HMD = weight(self, config, "w_out", (H, M, D), out_axes, H * M, residual=True)
+        return jnp.einsum("BTHM,HMD->BTD", out_BTHM, w_out_HMD), losses, cache
+
+    def _attend_self(self, heads: Heads, gate_BT: jax.Array | None, index: Index | None, packing: Packing):
+        """Of a sequence to itself, by the kernels."""
+        attention, pattern = self.config.attention, self.pattern
+        q_BTHN = constrain(heads.q_BTHN, (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM))
+        k_BTGN = constrain(heads.k_BTGN, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, axes.HEAD_DIM))
+        v_BTGM = constrain(heads.v_BTGM, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, axes.HEAD_DIM))
+        scale = softmax_scale(attention)
+        if index is not None:
+            assert isinstance(pattern, Sparse)
+            out_BTHM, lse_BHT, loss_BT = sparse_attention(
+                q_BTHN,
+                k_BTGN,
+                v_BTGM,
+                index,
+                pattern=pattern,
+                scale=scale,
+                place=packing.place,
+                causal=attention.causal,
+                softcap=attention.softcap,
+                implementation=attention.implementation,
+            )
+            real_BT = packing.place.segment_BT > 0
+            return out_BTHM, lse_BHT, {"indexer": jnp.sum(jnp.where(real_BT, loss_BT, 0))}
+        out_BTHM, lse_BHT = windowed_attention(
             q_BTHN,
             k_BTGN,
             v_BTGM,
-            pattern=attention.pattern,
-            scale=q_BTHN.shape[-1] ** -0.5,
-            positions_BT=packing.positions_BT,
-            segment_ids_BT=packing.segment_ids_BT,
+            pattern=pattern,
+            scale=scale,
+            causal=attention.causal,
+            place=packing.place,
+            gate_BT=gate_BT,
+            softcap=attention.softcap,
             max_segments=packing.max_segments,
             implementation=attention.implementation,
         )
-        H, M, D = out_BTHM.shape[2], out_BTHM.shape[3], self.config.dim
-        out_axes = (axes.HEADS, axes.HEAD_DIM, axes.FSDP_EMBED)
-        w_out_HMD = weight(self, self.config, "w_out", (H, M, D), out_axes, H * M, residual=True)
-        return jnp.einsum("BTHM,HMD->BTD", out_BTHM, w_out_HMD)
+        return out_BTHM, lse_BHT, {}
+
+    def _write(self, cache: LayerCache, stored: LayerCache, place: Place, step: CacheStep) -> LayerCache:
+        layout = cache_layout(self.pattern, step.max_length, step.step)
+        position_BT = jnp.where(place.segment_BT > 0, place.position_BT, -1)
+        return tuple(write(layout, old, new, position_BT) for old, new in zip(cache, stored, strict=True))
+
+    def _attend_cache(
+        self, heads: Heads, index: Index | None, cache: LayerCache, q_place: Place, step: CacheStep
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of new tokens, which are in the cache already, to all that the cache holds."""
+        attention, pattern = self.config.attention, self.pattern
+        layout = cache_layout(pattern, step.max_length, step.step)
+        slot_BS = slot_positions(layout, step.length_B)
+        k_place = Place(slot_BS, (slot_BS >= 0).astype(jnp.int32))
+        gate_BS = cache[-1] if isinstance(pattern, LearnedGlobal) else None
+        mask_BTS, bias_BTS = visible(pattern, q_place, k_place, causal=True, gate_BS=gate_BS)
+        if layout.pinned:  # a global key is read from its pinned slot, and from the ring only where it is local
+            q_window = None if q_place.window_BT is None else q_place.window_BT[:, :, None]
+            local = local_mask(pattern, True, q_place.position_BT[:, :, None], slot_BS[:, None, :], q_window)
+            mask_BTS &= local == (jnp.arange(layout.slots) < layout.ring)
+        keys, values = stored_keys_values(self.config, cache[: len(heads.stored)])
+        scale, softcap = softmax_scale(attention), attention.softcap
+        if isinstance(pattern, Sparse) and pattern.stage == "sparse" and pattern.top_k < layout.slots:
+            assert index is not None
+            scores_BTS = jnp.where(mask_BTS, index_scores(index._replace(k_BSI=cache[-1])), -jnp.inf)
+            return _attend_best(heads.q_BTHN, keys, values, scores_BTS, pattern.top_k, scale, softcap)
+        return reference_attention(heads.q_BTHN, keys, values, mask_BTS, scale, bias_BTS, softcap)
+
+
+def _attend_best(
+    q_BTHN: jax.Array,
+    k_BSGN: jax.Array,
+    v_BSGM: jax.Array,
+    scores_BTS: jax.Array,
+    count: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of each query to its own `count` best keys, gathered: linear in `count`, not in S."""
+    B, T = q_BTHN.shape[:2]
+    best_BTK, index_BTK = jax.lax.top_k(scores_BTS, count)
+
+    def gather(x_BSGN):
+        rows = jnp.take_along_axis(x_BSGN, index_BTK.reshape(B, T * count, 1, 1), axis=1)
+        return rows.reshape(B * T, count, *x_BSGN.shape[2:])
+
+    q = q_BTHN.reshape(B * T, 1, *q_BTHN.shape[2:])
+    mask = (best_BTK > -jnp.inf).reshape(B * T, 1, count)
+    out, lse = reference_attention(q, gather(k_BSGN), gather(v_BSGM), mask, scale, softcap=softcap)
+    return out.reshape(B, T, *out.shape[2:]), jnp.swapaxes(lse.reshape(B, T, -1), 1, 2)

@@ -7,32 +7,34 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv3_jax import axes
-from dsv3_jax.config import MixtureOfExperts, ModelConfig
-from dsv3_jax.layers.attention import make_packing
-from dsv3_jax.layers.block import Block
+from dsv3_jax.config import ConfigError, LearnedGlobal, ModelConfig, Sparse
+from dsv3_jax.layers.attention import CacheStep, Packing, make_packing
+from dsv3_jax.layers.block import Block, BlockOutput
 from dsv3_jax.layers.common import RMSNorm, parameter
+from dsv3_jax.layers.moe import BIAS_COLLECTION
+from dsv3_jax.layers.projections import stored_shapes
+from dsv3_jax.models.stack import LayerGroup, layer_groups, run_layers
+from dsv3_jax.ops.caches import Cache, LayerCache, cache_layout
 from dsv3_jax.ops.losses import cross_entropy
+from dsv3_jax.ops.patterns import Place, layer_patterns
 from dsv3_jax.ops.routing import Routing
 from dsv3_jax.sharding import constrain
-
-# What the backward pass keeps of a block; the rest is computed again.
-REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class TransformerOutput(NamedTuple):
     """logits_BTV float32 (None if not asked for); hidden_BTD after the final norm; routing with a leading layer axis
-    over the mixture-of-experts layers (None if there are none)."""
+    over the mixture-of-experts layers (None if there are none); losses of learned patterns, summed over real tokens and
+    layers, by name; the new cache if one was given."""
 
     logits_BTV: jax.Array | None
     hidden_BTD: jax.Array
     routing: Routing | None
+    losses: dict[str, jax.Array]
+    cache: Cache | None = None
 
 
 class Transformer(nn.Module):
-    """DeepSeek-V3-shaped decoder (arXiv:2412.19437): dense, then mixture-of-experts blocks, each kind scanned."""
+    """DeepSeek-V3-shaped decoder (arXiv:2412.19437): dense, then mixture-of-experts blocks, each kind stacked."""
 
     config: ModelConfig
 
@@ -43,6 +45,9 @@ class Transformer(nn.Module):
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
         *,
+        window_BT: jax.Array | None = None,
+        cache: Cache | None = None,
+        num_tokens_B: jax.Array | None = None,
         max_segments: int = 16,
         return_logits: bool = True,
     ) -> TransformerOutput:
@@ -50,31 +55,28 @@ class Transformer(nn.Module):
 
         Args:
           positions_BT, segment_ids_BT: see `ops.patterns`. Default: each row is one document.
+          window_BT: for layers whose window is set at run time, the window of each query, at most the pattern's.
+          cache: from `make_cache` or from the last call: the tokens go on where each row stands. The first call may
+            bring any number of tokens, later ones at most `cache.step` of them.
+          num_tokens_B: with a cache, the real tokens of each row; the rest of the row is padding. Default: all.
           max_segments: the most documents a row holds; matters for patterns with global positions only.
           return_logits: False saves the vocabulary product; `head_weight` and `ops.losses.cross_entropy` go on.
         """
         config = self.config
-        B, T = tokens_BT.shape
-        if (positions_BT is None) != (segment_ids_BT is None):
-            raise ValueError("give both positions and segment ids, or neither: positions restart in each document")
-        if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        if segment_ids_BT is None:
-            segment_ids_BT = jnp.ones((B, T), jnp.int32)
-        packing = make_packing(config, positions_BT, segment_ids_BT, max_segments)
-
+        packing = self._packing(tokens_BT, positions_BT, segment_ids_BT, window_BT, cache, num_tokens_B, max_segments)
         std = config.init_std or (config.dim**-0.5 if config.tie_embeddings else 1.0)
         shape, logical = (config.vocab_size, config.dim), (axes.VOCAB, axes.FSDP_EMBED)
         embedding_VD = parameter(self, "embedding", nn.initializers.normal(std), shape, logical)
         x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.compute_dtype)
         x_BTD = constrain(x_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED))
 
-        dense, sparse = config.num_dense_layers, config.num_layers - config.num_dense_layers
-        routing = None
-        if dense:
-            x_BTD, _ = self._layers("dense_layers", dense, None)(x_BTD, packing)
-        if sparse:
-            x_BTD, routing = self._layers("moe_layers", sparse, config.moe)(x_BTD, packing)
+        routing, losses, caches = None, {}, ()
+        for group in layer_groups(config):
+            before = None if cache is None else cache.layers[group.first : group.first + group.count]
+            x_BTD, output = self._layers(group, x_BTD, packing, before)
+            routing = output.routing or routing
+            losses = {name: jnp.sum(value) + losses.get(name, 0.0) for name, value in output.losses.items()}
+            caches += output.cache or ()
         hidden_BTD = RMSNorm(config.norm_epsilon, name="final_norm")(x_BTD)
 
         if not config.tie_embeddings:
@@ -88,28 +90,78 @@ class Transformer(nn.Module):
             head_DV = head_DV.astype(config.compute_dtype)
             logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
             logits_BTV = constrain(logits_BTV, (axes.BATCH, axes.LENGTH, axes.VOCAB))
-        return TransformerOutput(logits_BTV, hidden_BTD, routing)
+        if cache is not None and packing.cache_step is not None:
+            cache = cache.replace(length_B=packing.cache_step.length_B, layers=caches, fresh=False)
+        return TransformerOutput(logits_BTV, hidden_BTD, routing, losses, cache)
 
-    def _layers(self, name: str, length: int, moe: MixtureOfExperts | None):
-        """A scan over `length` blocks with stacked parameters."""
+    def _packing(
+        self, tokens_BT, positions_BT, segment_ids_BT, window_BT, cache: Cache | None, num_tokens_B, max_segments
+    ) -> Packing:
+        B, T = tokens_BT.shape
+        if (positions_BT is None) != (segment_ids_BT is None):
+            raise ValueError("give both positions and segment ids, or neither: positions restart in each document")
+        if cache is None:
+            if num_tokens_B is not None:
+                raise ValueError("num_tokens_B goes with a cache; without one, padding has segment id 0")
+            if positions_BT is None:
+                positions_BT, segment_ids_BT = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32)
+            return make_packing(self.config, Place(positions_BT, segment_ids_BT, window_BT), max_segments)
+        if positions_BT is not None:
+            raise ValueError("positions and segment ids follow from the cache; give num_tokens_B for padded rows")
+        allowed = cache.max_length if cache.fresh else cache.step
+        if allowed < T:
+            bound = f"max_length={cache.max_length}" if cache.fresh else f"step={cache.step}"
+            raise ValueError(f"{T} tokens a row were given to a cache of {bound}; make_cache takes both")
+        new_B = jnp.full((B,), T, jnp.int32) if num_tokens_B is None else num_tokens_B
+        positions_BT = cache.length_B[:, None] + jnp.arange(T)
+        segment_ids_BT = (jnp.arange(T) < new_B[:, None]).astype(jnp.int32)
+        step = CacheStep(cache.length_B + new_B, cache.max_length, cache.step, cache.fresh)
+        return make_packing(self.config, Place(positions_BT, segment_ids_BT, window_BT), 1, step)
+
+    def _layers(
+        self, group: LayerGroup, x_BTD: jax.Array, packing: Packing, caches: tuple[LayerCache, ...] | None
+    ) -> tuple[jax.Array, BlockOutput]:
         config = self.config
-        block = Block
-        if config.remat != "none":
-            # prevent_cse: not needed inside a scan, and it costs; an unrolled scan needs it.
-            block = nn.remat(Block, policy=REMAT[config.remat], prevent_cse=self._unroll())
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0, "selection_bias": 0},
-            split_rngs={"params": True},
-            in_axes=cast(Any, nn.broadcast),
-            length=length,
-            unroll=length if self._unroll() else 1,
-            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
-        )
-        return stack(config, moe, name=name)
+        if self.is_initializing():
+            make = nn.vmap(
+                Block,
+                variable_axes={"params": 0, BIAS_COLLECTION: 0},
+                split_rngs={"params": True},
+                in_axes=cast(Any, None),
+                axis_size=group.count,
+                metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+            )
+            pattern = layer_patterns(config.attention.pattern)[0]
+            make(config, group.moe, pattern, name=group.name)(x_BTD, packing)
+            return x_BTD, BlockOutput(None, {}, None)
+        variables = {
+            collection: self.get_variable(collection, group.name)
+            for collection in ("params", BIAS_COLLECTION)
+            if self.has_variable(collection, group.name)
+        }
+        unroll = jax.default_backend() == "cpu" if config.unroll is None else config.unroll
+        return run_layers(config, group, variables, x_BTD, packing, caches, unroll)
 
-    def _unroll(self) -> bool:
-        return jax.default_backend() == "cpu" if self.config.unroll is None else self.config.unroll
+
+def make_cache(config: ModelConfig, batch: int, max_length: int, step: int = 1) -> Cache:
+    """An empty cache for `Transformer`: texts of up to `max_length` tokens, of which calls after the first add `step`.
+
+    Raises:
+      ConfigError: the model is not causal.
+    """
+    if not config.attention.causal:
+        raise ConfigError("config.model.attention.causal=False: there is nothing to cache; only causal models decode")
+    patterns, layers = layer_patterns(config.attention.pattern), []
+    for layer in range(config.num_layers):
+        pattern = patterns[layer % len(patterns)]
+        slots = cache_layout(pattern, max_length, step).slots
+        arrays = [jnp.zeros((batch, slots, *shape), config.compute_dtype) for shape in stored_shapes(config)]
+        if isinstance(pattern, LearnedGlobal):
+            arrays.append(jnp.zeros((batch, slots), jnp.float32))
+        if isinstance(pattern, Sparse):
+            arrays.append(jnp.zeros((batch, slots, pattern.index_dim), config.compute_dtype))
+        layers.append(tuple(arrays))
+    return Cache(jnp.zeros((batch,), jnp.int32), tuple(layers), max_length, step)
 
 
 def head_weight(config: ModelConfig, params: Any) -> jax.Array:
@@ -127,6 +179,7 @@ def summed_loss(
         batch["tokens"],
         batch["positions"],
         batch["segment_ids"],
+        window_BT=batch.get("window"),
         max_segments=max_segments,
         return_logits=False,
     )

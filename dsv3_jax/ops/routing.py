@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import Router
+from dsv3_jax.config import GroupedSigmoid, Router, Softmax
 
 
 class Routing(NamedTuple):
@@ -30,7 +30,8 @@ def _choose(router: Router, biased_BTE: jax.Array) -> jax.Array:
     *batch, E = biased_BTE.shape
     if router.num_groups > 1:
         grouped = biased_BTE.reshape(*batch, router.num_groups, E // router.num_groups)
-        group_score = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+        best_of_group = jax.lax.top_k(grouped, 2 if isinstance(router, GroupedSigmoid) else 1)[0]
+        group_score = jnp.sum(best_of_group, axis=-1)
         best = jax.lax.top_k(group_score, router.top_groups)[1]
         chosen = jnp.any(jax.nn.one_hot(best, router.num_groups, dtype=bool), axis=-2)
         biased_BTE = jnp.where(chosen[..., None], grouped, -jnp.inf).reshape(*batch, E)
@@ -38,17 +39,21 @@ def _choose(router: Router, biased_BTE: jax.Array) -> jax.Array:
 
 
 def route(router: Router, logits_BTE: jax.Array, bias_E: jax.Array, token_mask_BT: jax.Array) -> Routing:
-    """The published DeepSeek-V3 router (arXiv:2412.19437, equations 12-20).
+    """The published DeepSeek-V3 router (arXiv:2412.19437, equations 12-20), and DeepSeek-V2's and Mixtral's.
 
-    s = sigmoid(logits); chosen by s + bias; weights s / Σ_chosen s · route_scale. The balance loss of a sequence is
-    Σ_e f_e P_e with f_e = E / (K T) · #(tokens on e) and P_e = mean over tokens of s_e / Σ s.
+    s = sigmoid(logits), or softmax(logits); chosen by s + bias; weights s / Σ_chosen s · route_scale. The balance loss of
+    a sequence is Σ_e f_e P_e with f_e = E / (K T) · #(tokens on e) and P_e = mean over tokens of s_e / Σ s.
 
     Args:
       logits_BTE: float32. bias_E: the selection bias; no gradient flows to it. token_mask_BT: False on padding, which
         is routed but counted nowhere.
     """
     E, K = logits_BTE.shape[-1], router.top_k
-    scores_BTE = jax.nn.sigmoid(logits_BTE)
+    match router:
+        case GroupedSigmoid():
+            scores_BTE = jax.nn.sigmoid(logits_BTE)
+        case Softmax():
+            scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     experts_BTK = _choose(router, jax.lax.stop_gradient(scores_BTE + bias_E))
     onehot_BTKE = jax.nn.one_hot(experts_BTK, E, dtype=jnp.float32)
     # A product with the one-hot, not take_along_axis: its gradient is a product too, no scatter.

@@ -8,10 +8,26 @@ import pytest
 from dsv3_jax import config as c
 from dsv3_jax.kernels.windowed_attention import IMPLEMENTATIONS, windowed_attention
 from dsv3_jax.kernels.windowed_attention.blocked import block_size, plan_runs
+from dsv3_jax.ops.patterns import Place, reach
 from tests.conftest import assert_close
 
-PATTERNS = [c.Full(), c.Windowed(1), c.Windowed(7), c.Windowed(20, (0, 3)), c.Windowed(5, (2, 40)), c.Segmented(9)]
-B, T, H, G, N, M = 2, 70, 4, 2, 8, 6
+PATTERNS = [
+    c.Full(),
+    c.Windowed(1),
+    c.Windowed(7),
+    c.Windowed(20, global_positions=(0, 3)),
+    c.Windowed(5, global_positions=(2, 40)),
+    c.Windowed(18, stride=9),
+    c.Windowed(10, stride=4, global_positions=(1,)),
+    c.RuntimeWindowed(20, (0,)),
+    c.Segmented(9),
+    c.Segmented(9, keys="all"),
+    c.LearnedGlobal(8, 8, 3),
+    c.LearnedGlobal(20, 5, 4),
+]
+BIDIRECTIONAL = [*PATTERNS, c.Windowed(6, global_fractions=(0.0, 0.5, 1.0), global_positions=(0, 4))]
+CASES = [(p, True) for p in PATTERNS] + [(p, False) for p in BIDIRECTIONAL]
+B, T, H, G, N, M = 3, 70, 4, 2, 8, 6
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 
@@ -22,33 +38,77 @@ def inputs(dtype=jnp.float32, length=T):
 
 
 def packed():
+    """Three documents and padding; two documents; one."""
     lengths = [30, 25, 10]
     segments = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(T - sum(lengths), int)])
     positions = np.concatenate([np.arange(n) for n in [*lengths, T - sum(lengths)]])
     other_segments = np.where(np.arange(T) < 41, 1, 2)
     other_positions = np.where(np.arange(T) < 41, np.arange(T), np.arange(T) - 41)
-    return {
-        "positions_BT": jnp.asarray(np.stack([positions, other_positions]), jnp.int32),
-        "segment_ids_BT": jnp.asarray(np.stack([segments, other_segments]), jnp.int32),
-    }
+    rows = [(positions, segments), (other_positions, other_segments), (np.arange(T), np.ones(T))]
+    return Place(*(jnp.asarray(np.stack(x), jnp.int32) for x in zip(*rows, strict=True)))
+
+
+def unpacked():
+    return Place(jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32))
+
+
+def attend_and_differentiate(name, place, pattern, causal, softcap):
+    gate = jax.random.normal(jax.random.key(7), (B, T)) if isinstance(pattern, c.LearnedGlobal) else None
+    if isinstance(pattern, c.RuntimeWindowed):
+        place = place._replace(window_BT=jax.random.randint(jax.random.key(8), (B, T), 1, pattern.window + 1))
+
+    def total(q, k, v, gate):
+        out, lse = windowed_attention(
+            q,
+            k,
+            v,
+            pattern=pattern,
+            causal=causal,
+            scale=0.3,
+            place=place,
+            gate_BT=gate,
+            softcap=softcap,
+            max_segments=3,
+            implementation=name,
+        )
+        lse = jnp.where(jnp.isfinite(lse), lse, 0)  # padding sees nothing
+        return jnp.sum(jnp.sin(3 * out)) + jnp.sum(jnp.cos(lse)), (out, lse)
+
+    argnums = (0, 1, 2) if gate is None else (0, 1, 2, 3)
+    return jax.jit(jax.grad(total, argnums=argnums, has_aux=True))(*inputs(), gate)
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("packing", [{}, packed()], ids=["one document", "packed"])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_outputs_and_gradients_are_the_oracles(pattern, packing, implementation):
-    def run(name):
-        def total(q, k, v):
-            out, lse = windowed_attention(
-                q, k, v, pattern=pattern, scale=0.3, max_segments=3, implementation=name, **packing
-            )
-            lse = jnp.where(jnp.isfinite(lse), lse, 0)  # padding sees nothing
-            return jnp.sum(jnp.sin(3 * out)) + jnp.sum(jnp.cos(lse)), (out, lse)
-
-        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs())
-
+@pytest.mark.parametrize(("pattern", "causal"), CASES, ids=str)
+def test_outputs_and_gradients_are_the_oracles(pattern, causal, implementation):
+    softcap = 2.0 if pattern in PATTERNS[1::2] else None
+    args = (packed(), pattern, causal, softcap)
     # float32: the softmax is summed in another order
-    assert_close(run(implementation), run("reference"), 2e-5, str(pattern))
+    assert_close(attend_and_differentiate(implementation, *args), attend_and_differentiate("reference", *args), 2e-5)
+
+
+def test_the_gate_is_trained_through_what_it_lets_through():
+    gradients, _ = attend_and_differentiate("blocked", unpacked(), c.LearnedGlobal(8, 8, 3), True, None)
+    dgate = np.asarray(gradients[3])
+    assert np.count_nonzero(dgate) >= B * 3  # at least the best keys of the last block
+    assert np.all(dgate[:, -8:] == 0)  # nobody comes after the last block
+
+
+def test_a_window_at_run_time_is_the_window_of_the_config_without_another_compilation():
+    @jax.jit
+    def attend(window):
+        place = unpacked()._replace(window_BT=jnp.broadcast_to(window, (B, T)))
+        return windowed_attention(*inputs(), pattern=c.RuntimeWindowed(20, (0,)), scale=0.3, place=place)[0]
+
+    for window in (1, 5, 20):
+        fixed = windowed_attention(*inputs(), pattern=c.Windowed(window, global_positions=(0,)), scale=0.3)[0]
+        assert_close(attend(jnp.int32(window)), fixed, 1e-5)
+    assert attend._cache_size() == 1
+
+
+def test_segments_over_all_keys_are_full_attention():
+    full = windowed_attention(*inputs(), pattern=c.Full(), scale=0.3)
+    assert_close(windowed_attention(*inputs(), pattern=c.Segmented(16, keys="all"), scale=0.3), full, 1e-6)
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -67,31 +127,48 @@ def test_bf16_is_as_close_to_float64_as_the_oracle_in_bf16(implementation):
 
 
 def test_padding_gives_zeros_and_minus_infinity():
-    out, lse = windowed_attention(*inputs(), pattern=c.Windowed(20, (0,)), scale=0.3, max_segments=3, **packed())
+    out, lse = windowed_attention(
+        *inputs(), pattern=c.Windowed(20, global_positions=(0,)), scale=0.3, max_segments=3, place=packed()
+    )
     np.testing.assert_array_equal(out[0, 65:], 0)
     assert np.all(np.isneginf(lse[0, :, 65:]))
     assert np.all(np.isfinite(lse[0, :, :65]))
 
 
 def test_more_documents_than_promised_give_nan_not_a_wrong_result():
-    out, _ = windowed_attention(*inputs(), pattern=c.Windowed(5, (0,)), scale=0.3, max_segments=2, **packed())
+    out, _ = windowed_attention(
+        *inputs(), pattern=c.Windowed(5, global_positions=(0,)), scale=0.3, max_segments=2, place=packed()
+    )
     assert np.all(np.isnan(out[0, 55:65])) and np.all(np.isfinite(out[0, :55]))
-    out, _ = windowed_attention(*inputs(), pattern=c.Windowed(5), scale=0.3, max_segments=2, **packed())
+    out, _ = windowed_attention(*inputs(), pattern=c.Windowed(5), scale=0.3, max_segments=2, place=packed())
     assert np.all(np.isfinite(out))
 
 
-@pytest.mark.parametrize(("length", "reach"), [(1024, None), (1024, 127), (8192, 511), (70, 6), (16, None)])
-def test_runs_cover_each_block_once_and_work_grows_with_the_window(length, reach):
-    block = block_size(length, reach)
+RUNS = [(1024, c.Full()), (1024, c.Windowed(128)), (8192, c.Windowed(512)), (70, c.Windowed(7)), (16, c.Full())]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "pattern"), RUNS, ids=str)
+def test_runs_cover_each_block_once_and_work_grows_with_the_window(length, pattern, causal):
+    block, bound = block_size(pattern, length), reach(pattern)
     count = -(-length // block)
-    runs = plan_runs(count, block, reach)
+    runs = plan_runs(count, block, bound, causal)
     assert [i for run in runs for i in range(run.first, run.first + run.count)] == list(range(count))
     for run in runs:
-        oldest_key = (run.first - run.length + 1) * block
-        needed = 0 if reach is None else max(0, run.first * block - reach)
-        assert 0 <= oldest_key <= needed
+        for i in range(run.count):
+            first_query, last_query = (run.first + i) * block, (run.first + i + 1) * block - 1
+            needed = (
+                0 if bound is None else max(0, first_query - bound),
+                last_query if causal else min(count * block - 1, last_query + (length if bound is None else bound)),
+            )
+            assert (run.low + i) * block <= needed[0]
+            assert (run.low + i + run.length) * block - 1 >= needed[1]
+            assert run.low + i >= 0 and run.low + i + run.length <= count
     pairs = sum(run.count * run.length for run in runs)
-    assert pairs == count * (count + 1) // 2 if reach is None else pairs * block <= count * (reach + 2 * block)
+    if bound is None:
+        assert pairs == (count * (count + 1) // 2 if causal else count * count)
+    else:
+        assert pairs * block <= count * (1 if causal else 2) * (bound + 2 * block)
 
 
 def test_memory_is_linear_in_length_for_a_window():
@@ -111,7 +188,9 @@ def test_errors_say_what_does_not_fit():
         windowed_attention(q, k, v, pattern=c.Full(), scale=1.0, implementation="flash")
     with pytest.raises(ValueError, match="not a multiple of"):
         windowed_attention(q[:, :, :3], k, v, pattern=c.Full(), scale=1.0)
-    with pytest.raises(ValueError, match="both positions and segment ids"):
-        windowed_attention(q, k, v, pattern=c.Full(), scale=1.0, segment_ids_BT=jnp.ones((B, T), jnp.int32))
+    with pytest.raises(ValueError, match="gate_BT belongs to learned_global"):
+        windowed_attention(q, k, v, pattern=c.Full(), scale=1.0, gate_BT=jnp.ones((B, T)))
+    with pytest.raises(ValueError, match="gate_BT belongs to learned_global"):
+        windowed_attention(q, k, v, pattern=c.LearnedGlobal(), scale=1.0)
     with pytest.raises(ValueError, match="width differ"):
         windowed_attention(q[..., :4], k, v, pattern=c.Full(), scale=1.0)

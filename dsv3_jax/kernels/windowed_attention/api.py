@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import ConfigError, Pattern
+from dsv3_jax.config import ConfigError, LayerPattern, LearnedGlobal, RuntimeWindowed
 from dsv3_jax.kernels.windowed_attention.blocked import blocked_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
+from dsv3_jax.ops.patterns import Place
 
 IMPLEMENTATIONS = {"blocked": blocked_attention, "reference": pattern_attention}
 
@@ -15,19 +16,24 @@ def windowed_attention(
     k_BTGN: jax.Array,
     v_BTGM: jax.Array,
     *,
-    pattern: Pattern,
+    pattern: LayerPattern,
     scale: float,
-    positions_BT: jax.Array | None = None,
-    segment_ids_BT: jax.Array | None = None,
+    causal: bool = True,
+    place: Place | None = None,
+    gate_BT: jax.Array | None = None,
+    softcap: float | None = None,
     max_segments: int = 16,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Causal grouped-query attention of a sequence to itself, through `pattern`.
+    """Grouped-query attention of a sequence to itself, through `pattern`.
 
     Args:
-      positions_BT: positions within a document, rising by one from 0 in each. Default: 0 … T − 1.
-      segment_ids_BT: the document of each token, 1, 2, 3 … along the row, 0 on padding. Default: one document.
-      max_segments: the most documents a row may hold, where the pattern has global positions.
+      place: positions within a document, rising by one from 0 in each; the document of each token, 1, 2, 3 … along the
+        row, 0 on padding; and, for `RuntimeWindowed` alone, each query's window, at most the pattern's (None: the
+        pattern's). Default: one document.
+      gate_BT: float32, for `LearnedGlobal` alone: the score by which keys are chosen.
+      softcap: see `ops.attention.soft_cap`.
+      max_segments: the most documents a row may hold, where the pattern has one set of global keys for each.
       implementation: "blocked" (default; plain JAX, skips blocks, memory linear in T · window) or "reference".
 
     Returns:
@@ -35,7 +41,7 @@ def windowed_attention(
       sees nothing gives zeros and −inf; a document numbered above `max_segments` gives NaN, never a wrong result.
 
     Raises:
-      ConfigError: an unknown implementation. ValueError: shapes that do not fit.
+      ConfigError: an unknown implementation. ValueError: arguments that do not fit.
     """
     B, T, H, N = q_BTHN.shape
     if k_BTGN.shape[:2] != (B, T) or v_BTGM.shape[:3] != k_BTGN.shape[:3] or k_BTGN.shape[3] != N:
@@ -47,11 +53,11 @@ def windowed_attention(
         raise ConfigError(
             f"config.model.attention.implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}"
         )
-    if (positions_BT is None) != (segment_ids_BT is None):
-        raise ValueError("give both positions and segment ids, or neither: positions restart in each document")
-    if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    if segment_ids_BT is None:
-        segment_ids_BT = jnp.ones((B, T), jnp.int32)
+    if (gate_BT is not None) != isinstance(pattern, LearnedGlobal):
+        raise ValueError(f"gate_BT belongs to learned_global and to it alone; the pattern is {pattern.kind}")
+    if place is None:
+        place = Place(jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32))
+    if place.window_BT is not None and not isinstance(pattern, RuntimeWindowed):
+        place = place._replace(window_BT=None)  # of other layers
     attend = IMPLEMENTATIONS[name]
-    return attend(q_BTHN, k_BTGN, v_BTGM, positions_BT, segment_ids_BT, pattern, scale, max_segments)
+    return attend(q_BTHN, k_BTGN, v_BTGM, place, gate_BT, pattern, causal, scale, softcap, max_segments)

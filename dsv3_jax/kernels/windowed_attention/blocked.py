@@ -1,47 +1,79 @@
 """Blocked attention in plain JAX: what no query of a block sees is never computed. The default on CPU.
 
-Rows are cut into blocks of S tokens. Query block i sees key blocks i − reach … i, where reach follows from the
-pattern's look-back; runs of query blocks with equally long spans are computed as one batched matmul. Global positions
-are a second, small key set in the same softmax. The backward pass recomputes the probabilities from the log-sum-exp
-(FlashAttention-2, Dao 2023, arXiv:2307.08691), so that memory is linear in T.
+Rows are cut into blocks of S tokens. A query block sees the key blocks within the pattern's reach; runs of query blocks
+with equally long spans are computed as one batched matmul. Global keys are a second, small key set in the same softmax.
+The backward pass recomputes the probabilities from the log-sum-exp (FlashAttention-2, Dao 2023, arXiv:2307.08691), so
+that memory is linear in T.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import Pattern
-from dsv3_jax.ops.patterns import global_mask, global_positions, local_mask, lookback, same_document
+from dsv3_jax.config import LayerPattern, LearnedGlobal, Segmented
+from dsv3_jax.kernels.windowed_attention.key_sets import GlobalKeys, find_global_keys, global_mask, has_global_keys
+from dsv3_jax.ops.attention import soft_cap
+from dsv3_jax.ops.patterns import Place, local_mask, reach, same_document
 
 
 class Run(NamedTuple):
-    """Query blocks first … first + count − 1, each of which sees its `length` last key blocks, itself included."""
+    """Query blocks first … first + count − 1; block first + i sees key blocks low + i … low + i + length − 1."""
 
     first: int
     count: int
+    low: int
     length: int
 
 
-def block_size(length: int, reach: int | None) -> int:
+def block_size(pattern: LayerPattern, length: int) -> int:
     """Tokens a block: large enough for a matmul, no larger than the window or the row need.
 
-    With no bound on the look-back every block is a run of its own, so blocks grow with the row, to keep runs few.
+    With no bound on the reach every block is a run of its own, so blocks grow with the row, to keep runs few.
     """
-    largest = 128 if reach is not None else min(512, max(128, length // 4))
+    if isinstance(pattern, Segmented) and pattern.keys == "all":
+        return min(pattern.segment, length)
+    bound = reach(pattern)
+    largest = 128 if bound is not None else min(512, max(128, length // 4))
     block = 16
-    while block < largest and block < length and (reach is None or block <= reach):
+    while block < largest and block < length and (bound is None or block <= bound):
         block *= 2
-    return block
+    return min(block, pattern.window) if isinstance(pattern, LearnedGlobal) else block
 
 
-def plan_runs(num_blocks: int, block: int, reach: int | None) -> list[Run]:
+def plan_runs(num_blocks: int, block: int, bound: int | None, causal: bool) -> list[Run]:
     """Splits query blocks into runs of equal span. The visible block pairs are Σ count · length."""
-    behind = num_blocks if reach is None else -(-reach // block)
-    full_span = min(behind + 1, num_blocks)
-    ramp = [Run(i, 1, i + 1) for i in range(full_span - 1)]
-    return [*ramp, Run(full_span - 1, num_blocks - full_span + 1, full_span)]
+    behind = num_blocks if bound is None else -(-bound // block)
+    spans = []
+    for i in range(num_blocks):
+        low, high = max(0, i - behind), i if causal else min(num_blocks - 1, i + behind)
+        spans.append((low - i, high - low + 1))
+    runs: list[Run] = []
+    for i, (offset, length) in enumerate(spans):
+        last = runs[-1] if runs else None
+        if last and (last.low - last.first, last.length) == (offset, length):
+            runs[-1] = last._replace(count=last.count + 1)
+        else:
+            runs.append(Run(i, 1, i + offset, length))
+    return runs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: one a call
+class _Plan:
+    """What is static of a call."""
+
+    pattern: LayerPattern
+    causal: bool
+    scale: float
+    softcap: float | None
+    max_segments: int
+    block: int
+    length: int
+
+    def runs(self) -> list[Run]:
+        return plan_runs(-(-self.length // self.block), self.block, reach(self.pattern), self.causal)
 
 
 def _to_blocks(x_BT: jax.Array, block: int) -> jax.Array:
@@ -66,183 +98,216 @@ def _heads_last(x_BGnhSN: jax.Array, length: int) -> jax.Array:
 
 def _span(x_BGnS: jax.Array, run: Run) -> jax.Array:
     """Each query block's keys: [B, G, blocks, S, ...] -> [B, G, count, length · S, ...]."""
-    low = run.first - run.length + 1
     if run.count == 1:
-        x = x_BGnS[:, :, low : run.first + 1]
+        x = x_BGnS[:, :, run.low : run.low + run.length]
         return x.reshape(*x.shape[:2], 1, run.length * x.shape[3], *x.shape[4:])
-    return jnp.concatenate([x_BGnS[:, :, low + j : low + j + run.count] for j in range(run.length)], axis=3)
+    return jnp.concatenate([x_BGnS[:, :, run.low + j : run.low + j + run.count] for j in range(run.length)], axis=3)
 
 
 def _add_span(total_BGnSN: jax.Array, span: jax.Array, run: Run) -> jax.Array:
     """The transpose of `_span`: adds each block's share of `span` back."""
-    low, S = run.first - run.length + 1, total_BGnSN.shape[3]
+    S = total_BGnSN.shape[3]
     if run.count == 1:
-        return total_BGnSN.at[:, :, low : run.first + 1].add(span.reshape(*span.shape[:2], run.length, S, -1))
+        share = span.reshape(*span.shape[:2], run.length, S, -1)
+        return total_BGnSN.at[:, :, run.low : run.low + run.length].add(share)
     for j in range(run.length):
-        block = span[:, :, :, j * S : (j + 1) * S]
-        total_BGnSN = total_BGnSN.at[:, :, low + j : low + j + run.count].add(block)
+        share = span[:, :, :, j * S : (j + 1) * S]
+        total_BGnSN = total_BGnSN.at[:, :, run.low + j : run.low + j + run.count].add(share)
     return total_BGnSN
 
 
-def _global_rows(pattern: Pattern, segments_BT: jax.Array, max_segments: int) -> tuple[jax.Array, ...]:
-    """Row index, position and segment [B, P] of every document's global keys; segment −1 where there is none."""
-    offsets = jnp.asarray(global_positions(pattern), jnp.int32)
-    ids = jnp.arange(1, max_segments + 1)
-    start_Bs = jnp.argmax(segments_BT[:, None, :] == ids[:, None], axis=-1)
-    rows_BP = (start_Bs[..., None] + offsets).reshape(segments_BT.shape[0], -1)
-    wanted_P = jnp.repeat(ids, len(offsets))
-    clipped_BP = jnp.minimum(rows_BP, segments_BT.shape[1] - 1)
-    found = (rows_BP == clipped_BP) & (jnp.take_along_axis(segments_BT, clipped_BP, axis=1) == wanted_P)
-    position_BP = jnp.broadcast_to(jnp.tile(offsets, max_segments), rows_BP.shape)
-    return clipped_BP, position_BP, jnp.where(found, wanted_P, -1)
+class _Inputs(NamedTuple):
+    """What the result depends on; gate_BT (score of each key as a global one) and place are None where unused."""
+
+    q_BTHN: jax.Array
+    k_BTGN: jax.Array
+    v_BTGM: jax.Array
+    gate_BT: jax.Array | None
+    place: Place
 
 
 class _Blocks(NamedTuple):
-    """Inputs cut into blocks: q, k, v heads first; positions and segments [B, 1, n, S]; the global key set, if any."""
+    """Inputs cut into blocks: q, k, v heads first; position, segment and window [B, 1, n, S]; the global key set."""
 
     q_BGnhSN: jax.Array
     k_BGnSN: jax.Array
     v_BGnSM: jax.Array
-    positions_B1nS: jax.Array
-    segments_B1nS: jax.Array
-    rows_BP: jax.Array | None = None
-    k_global_BG1PN: jax.Array | None = None
-    v_global_BG1PM: jax.Array | None = None
-    positions_B11P: jax.Array | None = None
-    segments_B11P: jax.Array | None = None
+    place_B1nS: Place
+    keys: GlobalKeys | None
+    k_global_BGmPN: jax.Array | None
+    v_global_BGmPM: jax.Array | None
+    bias_BmP: jax.Array | None
 
 
-def _cut(q, k, v, positions, segments, pattern: Pattern, max_segments: int, block: int) -> _Blocks:
-    G = k.shape[2]
+def _cut(plan: _Plan, inputs: _Inputs) -> _Blocks:
+    q, k, v, gate_BT, place = inputs
+    G, block = k.shape[2], plan.block
     blocks = _Blocks(
         _heads_first(q, block, G),
         _heads_first(k, block, G)[:, :, :, 0],
         _heads_first(v, block, G)[:, :, :, 0],
-        _to_blocks(positions, block)[:, None],
-        _to_blocks(segments, block)[:, None],
+        jax.tree.map(lambda x_BT: _to_blocks(x_BT, block)[:, None], place),
+        *(None,) * 4,
     )
-    if not global_positions(pattern):
+    if not has_global_keys(plan.pattern):
         return blocks
-    rows_BP, positions_BP, segments_BP = _global_rows(pattern, segments, max_segments)
+    keys = find_global_keys(plan.pattern, plan.causal, place, gate_BT, plan.max_segments, block)
+    B, m, P = keys.row_BmP.shape
 
     def pick(x_BTGN):
-        return jnp.swapaxes(jnp.take_along_axis(x_BTGN, rows_BP[..., None, None], axis=1), 1, 2)[:, :, None]
+        picked = jnp.take_along_axis(x_BTGN, keys.row_BmP.reshape(B, m * P, 1, 1), axis=1)
+        return jnp.transpose(picked.reshape(B, m, P, *x_BTGN.shape[2:]), (0, 3, 1, 2, 4))
 
-    return blocks._replace(
-        rows_BP=rows_BP,
-        k_global_BG1PN=pick(k),
-        v_global_BG1PM=pick(v),
-        positions_B11P=positions_BP[:, None, None],
-        segments_B11P=segments_BP[:, None, None],
-    )
+    bias_BmP = None
+    if gate_BT is not None:
+        bias_BmP = jnp.take_along_axis(jax.nn.log_sigmoid(gate_BT)[:, None], keys.row_BmP, axis=-1)
+    return blocks._replace(keys=keys, k_global_BGmPN=pick(k), v_global_BGmPM=pick(v), bias_BmP=bias_BmP)
 
 
-def _key_sets(blocks: _Blocks, run: Run, pattern: Pattern, scale: float):
-    """For the local and then the global key set of a run: scores [B, G, count, h, S, keys], −inf where not visible;
-    keys [B, G, count or 1, keys, N]; values."""
+class _Scored(NamedTuple):
+    """One key set of a run: scores [B, G, count, h, S, keys], −inf where not visible; d scores / d (scaled product);
+    keys [B, G, count or 1, keys, N] and values."""
+
+    scores: jax.Array
+    slope: jax.Array | None
+    keys: jax.Array
+    values: jax.Array
+
+
+def _of_run(x: jax.Array, run: Run, axis: int) -> jax.Array:
+    """The run's share of the blocks on `axis`; all of it where there is one for all blocks."""
+    return x if x.shape[axis] == 1 else jax.lax.slice_in_dim(x, run.first, run.first + run.count, axis=axis)
+
+
+def _key_sets(plan: _Plan, blocks: _Blocks, run: Run) -> list[_Scored]:
+    """The local and then the global key set of a run."""
     at = slice(run.first, run.first + run.count)
-    q, q_position, q_segment = (
-        blocks.q_BGnhSN[:, :, at],
-        blocks.positions_B1nS[:, :, at],
-        blocks.segments_B1nS[:, :, at],
-    )
+    q, q_place = blocks.q_BGnhSN[:, :, at], jax.tree.map(lambda x: x[:, :, at], blocks.place_B1nS)
 
-    def key_set(keys, values, k_position, k_segment, allowed):
-        scores = jnp.einsum("BGchSN,BGcKN->BGchSK", q, keys, preferred_element_type=jnp.float32)
-        mask = allowed(pattern, q_position[..., None], k_position[..., None, :])
-        mask &= same_document(q_segment[..., None], k_segment[..., None, :])
-        return jnp.where(mask[:, :, :, None], scores * scale, -jnp.inf), keys, values
+    def key_set(keys, values, mask, bias=None):
+        product = plan.scale * jnp.einsum("BGchSN,BGcKN->BGchSK", q, keys, preferred_element_type=jnp.float32)
+        scores = soft_cap(product, plan.softcap)
+        slope = None if plan.softcap is None else 1 - jnp.square(scores / plan.softcap)
+        scores = scores if bias is None else scores + bias[:, None, :, None, None, :]
+        return _Scored(jnp.where(mask[:, :, :, None], scores, -jnp.inf), slope, keys, values)
 
-    k, v, k_position, k_segment = (_span(x, run) for x in blocks[1:5])
-    sets = [key_set(k, v, k_position, k_segment, local_mask)]
-    if blocks.rows_BP is not None:
-        k, v, k_position, k_segment = (jnp.repeat(x, run.count, axis=2) for x in blocks[6:] if x is not None)
-        sets.append(key_set(k, v, k_position, k_segment, global_mask))
+    k, v, k_position, k_segment = (_span(x, run) for x in (blocks.k_BGnSN, blocks.v_BGnSM, *blocks.place_B1nS[:2]))
+    q_window = None if q_place.window_BT is None else q_place.window_BT[..., None]
+    local = local_mask(plan.pattern, plan.causal, q_place.position_BT[..., None], k_position[..., None, :], q_window)
+    local &= same_document(q_place.segment_BT[..., None], k_segment[..., None, :])
+    sets = [key_set(k, v, local)]
+    if blocks.keys is not None:
+        keys = jax.tree.map(lambda x: _of_run(x, run, 1), blocks.keys)
+        chosen = global_mask(plan.pattern, plan.causal, keys, *(None if x is None else x[:, 0] for x in q_place))
+        bias = None if blocks.bias_BmP is None else _of_run(blocks.bias_BmP, run, 1)
+        k, v = (
+            jnp.broadcast_to(x, (*x.shape[:2], run.count, *x.shape[3:]))
+            for x in (_of_run(blocks.k_global_BGmPN, run, 2), _of_run(blocks.v_global_BGmPM, run, 2))
+        )
+        sets.append(key_set(k, v, chosen[:, None], bias))
     return sets
+
+
+def _forward(plan: _Plan, inputs: _Inputs):
+    """(out_BTHM, lse_BHT) and what the backward pass keeps of them, in blocks."""
+    B, T, H, _ = inputs.q_BTHN.shape
+    blocks, dtype = _cut(plan, inputs), inputs.v_BTGM.dtype
+    outs, lses = [], []
+    for run in plan.runs():
+        sets = _key_sets(plan, blocks, run)
+        peak = functools.reduce(jnp.maximum, [jnp.max(s.scores, axis=-1, keepdims=True) for s in sets])
+        peak = jnp.where(jnp.isfinite(peak), peak, 0)
+        exps = [jnp.exp(s.scores - peak) for s in sets]
+        total = sum(jnp.sum(exp, axis=-1, keepdims=True) for exp in exps)
+        out = sum(
+            jnp.einsum("BGchSK,BGcKM->BGchSM", exp.astype(dtype), s.values, preferred_element_type=jnp.float32)
+            for exp, s in zip(exps, sets, strict=True)
+        )
+        outs.append(jnp.where(total > 0, out / jnp.where(total > 0, total, 1), 0).astype(dtype))
+        lses.append((peak + jnp.log(total))[..., 0])
+    out_BGnhSM, lse_BGnhS = jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
+    if blocks.keys is not None and blocks.keys.owner_BmP is None:  # one key set for all documents, of a static size
+        beyond = (blocks.place_B1nS.segment_BT > plan.max_segments)[:, :, :, None, :, None]
+        out_BGnhSM = jnp.where(beyond, jnp.nan, out_BGnhSM).astype(dtype)
+    lse_BHT = jnp.moveaxis(lse_BGnhS, 2, 3).reshape(B, H, -1)[..., :T]
+    return (_heads_last(out_BGnhSM, T), lse_BHT), (out_BGnhSM, lse_BGnhS)
+
+
+def _backward(plan: _Plan, saved, cotangents):
+    inputs, (out_BGnhSM, lse_BGnhS) = saved
+    (q, k, v, gate_BT, _), G = inputs, inputs.k_BTGN.shape[2]
+    blocks = _cut(plan, inputs)
+    dout_BGnhSM = _heads_first(cotangents[0], plan.block, G)
+    dlse_BGnhS = _heads_first(jnp.moveaxis(cotangents[1], 1, 2)[..., None], plan.block, G)[..., 0]
+    # d scores = p · (dout · v − Σ dout · out + dlse)
+    delta_BGnhS = jnp.sum(dout_BGnhSM.astype(jnp.float32) * out_BGnhSM.astype(jnp.float32), axis=-1) - dlse_BGnhS
+    lse_BGnhS = jnp.where(jnp.isfinite(lse_BGnhS), lse_BGnhS, 0)
+    dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (blocks.k_BGnSN, blocks.v_BGnSM))
+    dqs: list[Any] = []
+    globals_: list[Any] = []
+    for run in plan.runs():
+        at = slice(run.first, run.first + run.count)
+        q_run, dout_run, dq, grads = blocks.q_BGnhSN[:, :, at], dout_BGnhSM[:, :, at], 0.0, []
+        for scored in _key_sets(plan, blocks, run):
+            p = jnp.exp(scored.scores - lse_BGnhS[:, :, at, ..., None])
+            dp = jnp.einsum("BGchSM,BGcKM->BGchSK", dout_run, scored.values, preferred_element_type=jnp.float32)
+            dscores = p * (dp - delta_BGnhS[:, :, at, ..., None])
+            dproduct = dscores if scored.slope is None else dscores * scored.slope
+            ds, p = (dproduct * plan.scale).astype(q.dtype), p.astype(q.dtype)
+            dq += jnp.einsum("BGchSK,BGcKN->BGchSN", ds, scored.keys, preferred_element_type=jnp.float32)
+            dkeys = jnp.einsum("BGchSK,BGchSN->BGcKN", ds, q_run, preferred_element_type=jnp.float32)
+            dvalues = jnp.einsum("BGchSK,BGchSM->BGcKM", p, dout_run, preferred_element_type=jnp.float32)
+            grads.append((dkeys, dvalues, jnp.sum(dscores, axis=(1, 3, 4))))
+        dqs.append(dq)
+        dk, dv = _add_span(dk, grads[0][0], run), _add_span(dv, grads[0][1], run)
+        globals_ += grads[1:]
+    dq_BTHN = _heads_last(jnp.concatenate(dqs, axis=2), plan.length)
+    dk_BTGN, dv_BTGM = (_heads_last(x[:, :, :, None], plan.length) for x in (dk, dv))
+    dgate_BT = None if gate_BT is None else jnp.zeros_like(gate_BT)
+    if blocks.keys is not None:
+        row_BmP = blocks.keys.row_BmP
+        B, m, P = row_BmP.shape
+
+        def gather(parts, axis):
+            whole = jnp.concatenate(parts, axis=axis)
+            return whole if m > 1 or whole.shape[axis] == 1 else jnp.sum(whole, axis=axis, keepdims=True)
+
+        dk_global, dv_global = (gather([part[i] for part in globals_], 2) for i in (0, 1))
+        index = (jnp.arange(B)[:, None], row_BmP.reshape(B, -1))
+        dk_BTGN = dk_BTGN.at[index].add(jnp.moveaxis(dk_global, 1, 3).reshape(B, m * P, G, -1))
+        dv_BTGM = dv_BTGM.at[index].add(jnp.moveaxis(dv_global, 1, 3).reshape(B, m * P, G, -1))
+        if gate_BT is not None:
+            dbias_BmP = gather([part[2] for part in globals_], 1)
+            dgate_BT = dgate_BT.at[index].add(dbias_BmP.reshape(B, -1)) * jax.nn.sigmoid(-gate_BT)
+    return (_Inputs(dq_BTHN.astype(q.dtype), dk_BTGN.astype(k.dtype), dv_BTGM.astype(v.dtype), dgate_BT, None),)  # type: ignore[arg-type]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
+    return _forward(plan, inputs)[0]
+
+
+def _attend_forward(plan: _Plan, inputs: _Inputs):
+    result, kept = _forward(plan, inputs)
+    return result, (inputs, kept)
+
+
+_attend.defvjp(_attend_forward, _backward)
 
 
 def blocked_attention(
     q_BTHN: jax.Array,
     k_BTGN: jax.Array,
     v_BTGM: jax.Array,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    pattern: Pattern,
+    place: Place,
+    gate_BT: jax.Array | None,
+    pattern: LayerPattern,
+    causal: bool,
     scale: float,
+    softcap: float | None,
     max_segments: int,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.windowed_attention`."""
-    B, T, H, _ = q_BTHN.shape
-    G, reach = k_BTGN.shape[2], lookback(pattern)
-    block = block_size(T, reach)
-
-    def runs(blocks):
-        return plan_runs(blocks.k_BGnSN.shape[2], block, reach)
-
-    def forward(q, k, v, positions, segments):
-        blocks = _cut(q, k, v, positions, segments, pattern, max_segments, block)
-        outs, lses = [], []
-        for run in runs(blocks):
-            sets = _key_sets(blocks, run, pattern, scale)
-            peak = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s, _, _ in sets])
-            peak = jnp.where(jnp.isfinite(peak), peak, 0)
-            exps = [jnp.exp(scores - peak) for scores, _, _ in sets]
-            total = sum(jnp.sum(exp, axis=-1, keepdims=True) for exp in exps)
-            out = sum(
-                jnp.einsum("BGchSK,BGcKM->BGchSM", exp.astype(v.dtype), values, preferred_element_type=jnp.float32)
-                for exp, (_, _, values) in zip(exps, sets, strict=True)
-            )
-            outs.append(jnp.where(total > 0, out / jnp.where(total > 0, total, 1), 0).astype(v.dtype))
-            lses.append((peak + jnp.log(total))[..., 0])
-        out_BGnhSM, lse_BGnhS = jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
-        if blocks.rows_BP is not None:
-            beyond = (blocks.segments_B1nS > max_segments)[:, :, :, None, :, None]
-            out_BGnhSM = jnp.where(beyond, jnp.nan, out_BGnhSM).astype(v.dtype)
-        lse_BHT = jnp.moveaxis(lse_BGnhS, 2, 3).reshape(B, H, -1)[..., :T]
-        return (_heads_last(out_BGnhSM, T), lse_BHT), (out_BGnhSM, lse_BGnhS)
-
-    @jax.custom_vjp
-    def attend(*inputs):
-        return forward(*inputs)[0]
-
-    def attend_forward(*inputs):
-        result, saved = forward(*inputs)
-        return result, (inputs, saved)
-
-    def attend_backward(saved, cotangents):
-        inputs, (out_BGnhSM, lse_BGnhS) = saved
-        q, k, v = inputs[:3]
-        blocks = _cut(q, k, v, inputs[3], inputs[4], pattern, max_segments, block)
-        dout_BGnhSM = _heads_first(cotangents[0], block, G)
-        dlse_BGnhS = _heads_first(jnp.moveaxis(cotangents[1], 1, 2)[..., None], block, G)[..., 0]
-        # d scores = p · (dout · v − Σ dout · out + dlse)
-        delta_BGnhS = jnp.sum(dout_BGnhSM.astype(jnp.float32) * out_BGnhSM.astype(jnp.float32), axis=-1) - dlse_BGnhS
-        lse_BGnhS = jnp.where(jnp.isfinite(lse_BGnhS), lse_BGnhS, 0)
-        dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (blocks.k_BGnSN, blocks.v_BGnSM))
-        dqs, dk_global, dv_global = [], 0.0, 0.0
-        for run in runs(blocks):
-            at = slice(run.first, run.first + run.count)
-            q_run, dout_run = blocks.q_BGnhSN[:, :, at], dout_BGnhSM[:, :, at]
-            dq, dkeys, dvalues = 0.0, [], []
-            for scores, keys, values in _key_sets(blocks, run, pattern, scale):
-                p = jnp.exp(scores - lse_BGnhS[:, :, at, ..., None])
-                dp = jnp.einsum("BGchSM,BGcKM->BGchSK", dout_run, values, preferred_element_type=jnp.float32)
-                ds = (p * (dp - delta_BGnhS[:, :, at, ..., None]) * scale).astype(q.dtype)
-                p = p.astype(q.dtype)
-                dq += jnp.einsum("BGchSK,BGcKN->BGchSN", ds, keys, preferred_element_type=jnp.float32)
-                dkeys.append(jnp.einsum("BGchSK,BGchSN->BGcKN", ds, q_run, preferred_element_type=jnp.float32))
-                dvalues.append(jnp.einsum("BGchSK,BGchSM->BGcKM", p, dout_run, preferred_element_type=jnp.float32))
-            dqs.append(dq)
-            dk, dv = _add_span(dk, dkeys[0], run), _add_span(dv, dvalues[0], run)
-            if len(dkeys) > 1:
-                dk_global, dv_global = dk_global + jnp.sum(dkeys[1], axis=2), dv_global + jnp.sum(dvalues[1], axis=2)
-        dq_BTHN = _heads_last(jnp.concatenate(dqs, axis=2), T)
-        dk_BTGN, dv_BTGM = (_heads_last(x[:, :, :, None], T) for x in (dk, dv))
-        if blocks.rows_BP is not None:
-            index = (jnp.arange(B)[:, None], blocks.rows_BP)
-            dk_BTGN = dk_BTGN.at[index].add(jnp.swapaxes(dk_global, 1, 2))
-            dv_BTGM = dv_BTGM.at[index].add(jnp.swapaxes(dv_global, 1, 2))
-        return dq_BTHN.astype(q.dtype), dk_BTGN.astype(k.dtype), dv_BTGM.astype(v.dtype), None, None
-
-    attend.defvjp(attend_forward, attend_backward)
-    return attend(q_BTHN, k_BTGN, v_BTGM, positions_BT, segment_ids_BT)
+    T = q_BTHN.shape[1]
+    plan = _Plan(pattern, causal, scale, softcap, max_segments, block_size(pattern, T), T)
+    return _attend(plan, _Inputs(q_BTHN, k_BTGN, v_BTGM, gate_BT, place))

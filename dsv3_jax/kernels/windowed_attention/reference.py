@@ -2,21 +2,24 @@
 
 import jax
 
-from dsv3_jax.config import Pattern
+from dsv3_jax.config import LayerPattern
 from dsv3_jax.ops.attention import reference_attention
-from dsv3_jax.ops.patterns import visible
+from dsv3_jax.ops.patterns import Place, visible
 
 
 def pattern_attention(
     q_BTHN: jax.Array,
     k_BTGN: jax.Array,
     v_BTGM: jax.Array,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    pattern: Pattern,
+    place: Place,
+    gate_BT: jax.Array | None,
+    pattern: LayerPattern,
+    causal: bool,
     scale: float,
+    softcap: float | None,
     max_segments: int,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.windowed_attention`. Quadratic in T; knows no bound on documents a row."""
     del max_segments
-    return reference_attention(q_BTHN, k_BTGN, v_BTGM, visible(pattern, positions_BT, segment_ids_BT), scale)
+    mask_BTS, bias_BTS = visible(pattern, place, place, causal=causal, gate_BS=gate_BT)
+    return reference_attention(q_BTHN, k_BTGN, v_BTGM, mask_BTS, scale, bias_BTS, softcap)
