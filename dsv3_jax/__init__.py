@@ -5,7 +5,9 @@ from typing import Any
 
 _LAZY = {
     "Transformer": "dsv3_jax.models.transformer",
+    "load_hf": "dsv3_jax.interop.huggingface",
     "restore": "dsv3_jax.training.checkpoints",
+    "save_hf": "dsv3_jax.interop.huggingface",
     "train": "dsv3_jax.training.loop",
 }
 
