@@ -41,11 +41,12 @@ class PackedRows:
     """Rows of `length` positions over a `TokenFile`. A random-access source for Grain.
 
     Row i is a dict of int32 arrays [length]: `tokens`, `targets`, `positions` (from 0 in each piece, and again on
-    padding) and `segment_ids` (1, 2, 3 … a piece, 0 on padding; targets count where it is above 0).
+    padding), `segment_ids` (1, 2, 3 … a piece, 0 on padding; targets count where it is above 0) and `domain`, the same
+    number in all rows of one file.
     """
 
-    def __init__(self, file: TokenFile, length: int, max_segments: int):
-        self._file, self._length = file, length
+    def __init__(self, file: TokenFile, length: int, max_segments: int, domain: int = 0):
+        self._file, self._length, self._domain = file, length, domain
         self._row_offsets, self._starts, self._lengths = pack(file.offsets, length, max_segments)
 
     def __len__(self) -> int:
@@ -65,6 +66,7 @@ class PackedRows:
             row["positions"][span], row["segment_ids"][span] = np.arange(length), segment
             at += length
         row["positions"][at:] = np.arange(self._length - at)
+        row["domain"] = np.full(self._length, self._domain, np.int32)
         return row
 
 

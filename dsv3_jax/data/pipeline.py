@@ -84,9 +84,11 @@ def load_dataset(config: DataConfig, vocab_size: int) -> Dataset:
     for name, splits in sorted(found.items()):
         for document in (*splits[0], *splits[1]):
             documents_key.update(hashlib.sha256(f"{name}/{document.name}/{document.text}".encode()).digest())
+    index = {domain.name: number for number, domain in enumerate(config.domains)}
+    length, max_segments = config.sequence_length, config.max_segments
     packed = [
         {
-            name: PackedRows(_token_file(splits[side], tokenizer), config.sequence_length, config.max_segments)
+            name: PackedRows(_token_file(splits[side], tokenizer), length, max_segments, index[name])
             for name, splits in found.items()
         }
         for side in (0, 1)

@@ -47,7 +47,7 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         self._bos_id, self._eos_id = self._find(bos, "bos"), self._find(eos, "eos")
-        self.stop_ids = frozenset(stop_ids) | ({self._eos_id} - {None})
+        self.stop_ids = frozenset(stop_ids) | frozenset(() if self._eos_id is None else (self._eos_id,))
         self.add_bos = add_bos and bos is not None
         named = {"bos_token": bos, "eos_token": eos}
         self.special_tokens = {k: v for k, v in named.items() if v is not None} | dict(special_tokens or {})
@@ -77,7 +77,7 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Changes when the ids of any text could."""
-        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -117,9 +117,9 @@ class Tokenizer:
         """Text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def save(self, path: pathlib.Path) -> None:
-        """Writes `tokenizer.json` for the Hugging Face library."""
-        self._inner.save(str(path))
+    def to_json(self) -> str:
+        """The text of a `tokenizer.json` for the Hugging Face library."""
+        return self._inner.to_str()
 
 
 def _known(token_id: int | None, what: str) -> int:

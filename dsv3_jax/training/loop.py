@@ -109,7 +109,8 @@ def check_data(workdir: pathlib.Path, dataset: Dataset, *names: str) -> None:
 
 
 def claim_workdir(config: Config, workdir: pathlib.Path, dataset: Dataset) -> None:
-    """Writes `config.json` and `data.json` into a new folder, or checks that its run has the same config and text.
+    """Writes `config.json`, `data.json` and `tokenizer.json` into a new folder, or checks that its run has the same
+    config and text.
 
     Raises:
       ConfigError: the folder holds another run or other files. Nothing in it is changed then.
@@ -128,9 +129,14 @@ def claim_workdir(config: Config, workdir: pathlib.Path, dataset: Dataset) -> No
     elif workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"--workdir={workdir}: is not empty and holds no run (no config.json); use another folder")
     workdir.mkdir(parents=True, exist_ok=True)
-    for name, text in (("data.json", json.dumps(dataset.fingerprints)), ("config.json", to_json(config))):
+    texts = {
+        "tokenizer.json": dataset.tokenizer.to_json(),
+        "data.json": json.dumps(dataset.fingerprints),
+        "config.json": to_json(config),
+    }
+    for name, text in texts.items():
         temporary = workdir / f"{name}.part"
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, workdir / name)
 
 

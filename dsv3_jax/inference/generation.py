@@ -1,0 +1,239 @@
+"""Batched generation: one prefill over the prompts, then decode steps on the device, several a call."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.inference.sampling import GREEDY, Sampling, row_keys, sample
+from dsv3_jax.models.stack import unstack_layers
+from dsv3_jax.models.transformer import Transformer, TransformerOutput, head_weight, make_cache
+from dsv3_jax.ops.caches import Cache
+
+NO_TOKEN = -1  # stands where a row has ended
+STEPS_A_CALL = 32
+SMALLEST_BUCKET = 16
+
+
+def bucket(length: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, …: programs are compiled for these lengths only."""
+    size = SMALLEST_BUCKET
+    while size < length:
+        if size + size // 2 >= length:
+            return size + size // 2
+        size *= 2
+    return size
+
+
+def compute_weights(config: ModelConfig, variables: Any) -> Any:
+    """Variables on the device, one array a layer; each matrix that the layers cast to the compute dtype is cast once.
+
+    Norms, biases, routers and the like are used in float32 and stay so.
+    """
+
+    def place(path: tuple[Any, ...], x: Any) -> jax.Array:
+        name = path[-1].key
+        is_matrix = name in ("embedding", "head") or (name.startswith("w_") and name != "w_router")
+        return jnp.asarray(x, config.compute_dtype if is_matrix else jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(place, unstack_layers(config, variables))
+
+
+@struct.dataclass
+class DecodeState:
+    """What one step hands to the next. token_B: the last token of each row, not yet in the cache. step: tokens made so
+    far. done_B: rows that have ended; they leave the cache as it is."""
+
+    cache: Cache
+    token_B: jax.Array
+    step: jax.Array
+    done_B: jax.Array
+
+
+class Limits(NamedTuple):
+    """How a row ends: a stop id, or `budget_B` tokens; and its random key."""
+
+    stop_ids_N: jax.Array
+    budget_B: jax.Array
+    keys_B: jax.Array
+
+
+class Generator:
+    """Generates from prompts of unequal length. Compiles once for each batch size and bucket of lengths.
+
+    `max_length` bounds prompt and new tokens together; the smaller of it and `config.context_length` holds.
+    """
+
+    def __init__(self, config: ModelConfig, variables: Any, max_length: int | None = None):
+        self.config = config
+        known = [length for length in (config.context_length, max_length) if length is not None]
+        self.max_length = min(known) if known else None
+        self._variables = compute_weights(config, variables)
+        self._jit_prefill = jax.jit(self._prefill, static_argnames="cache_length")
+        self._jit_decode = jax.jit(self._decode, donate_argnames="state")
+
+    def room(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int) -> list[int]:
+        """The most tokens that each prompt can get: `max_new_tokens`, or what the context has left.
+
+        Raises:
+          ConfigError: an empty prompt, or one that leaves no room in the context.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        if max_new_tokens < 1:
+            raise ConfigError(f"--max_new_tokens={max_new_tokens}: must be at least 1")
+        if not lengths or min(lengths) < 1:
+            raise ConfigError("--prompt: is empty, and this model's tokenizer adds no begin token; give some text")
+        if self.max_length is None:
+            return [max_new_tokens] * len(lengths)
+        if max(lengths) >= self.max_length:
+            raise ConfigError(
+                f"--prompt: has {max(lengths)} tokens, and the context holds {self.max_length}, new ones included; "
+                "shorten the prompt"
+            )
+        return [min(max_new_tokens, self.max_length - length) for length in lengths]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        stop_ids: Iterable[int] = (),
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, without the stop id that ended it. See `stream` for arguments and errors."""
+        rows: list[list[int]] = [[] for _ in prompts]
+        options: Any = {"sampling": sampling, "seed": seed, "stop_ids": stop_ids, "steps_a_call": STEPS_A_CALL}
+        for tokens_BN in self.stream(prompts, max_new_tokens=max_new_tokens, **options):
+            for row, new in zip(rows, tokens_BN.tolist(), strict=True):
+                row.extend(token for token in new if token != NO_TOKEN)
+        return rows
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        stop_ids: Iterable[int] = (),
+        steps_a_call: int = 1,
+    ) -> Iterator[np.ndarray]:
+        """New tokens as they come, int32 [B, n], NO_TOKEN where a row has ended, until every row has.
+
+        A row ends before a stop id, after `max_new_tokens`, or where the context is full. The next call to the device
+        is under way while the caller looks at what the one before gave.
+
+        Args:
+          prompts: ids of each row, at least one.
+          seed: with it, a row's draws depend on its place in the batch and on nothing else in it.
+          steps_a_call: 1 gives each token as it is made; more is faster. At most 32.
+
+        Raises:
+          ConfigError: an empty prompt, or one that leaves no room in the context.
+        """
+        budgets = self.room(prompts, max_new_tokens)
+        lengths = [len(prompt) for prompt in prompts]
+        needed = max(length + budget for length, budget in zip(lengths, budgets, strict=True))
+        cache_length = min(bucket(needed), self.max_length or bucket(needed))
+        tokens_BT = np.zeros((len(prompts), min(bucket(max(lengths)), cache_length)), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens_BT[row, : len(prompt)] = prompt
+        limits = Limits(
+            jnp.asarray(sorted(stop_ids), jnp.int32), jnp.asarray(budgets, jnp.int32), row_keys(seed, len(prompts))
+        )
+        return self._stream(tokens_BT, lengths, limits, sampling, cache_length, max(budgets), steps_a_call)
+
+    def _stream(
+        self,
+        tokens_BT: np.ndarray,
+        lengths: list[int],
+        limits: Limits,
+        sampling: Sampling,
+        cache_length: int,
+        total: int,
+        steps_a_call: int,
+    ) -> Iterator[np.ndarray]:
+        lengths_B = jnp.asarray(lengths, jnp.int32)
+        state, out = self._jit_prefill(
+            self._variables, tokens_BT, lengths_B, limits, sampling, cache_length=cache_length
+        )
+        made, count = 1, 1
+        while True:
+            ahead = None
+            if made < total:
+                steps = min(steps_a_call, STEPS_A_CALL, total - made)
+                state, ahead = self._jit_decode(self._variables, state, limits, sampling, np.int32(steps))
+                made += steps
+            tokens_BN = np.asarray(out)[:, :count]
+            # Columns where every row has ended hold nothing.
+            live = int((tokens_BN != NO_TOKEN).any(axis=0).sum())
+            if live:
+                yield tokens_BN[:, :live]
+            if ahead is None or live < count:
+                return
+            out, count = ahead, steps
+
+    def _apply(
+        self, variables: Any, tokens_BT: jax.Array, cache: Cache, num_tokens_B: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """The last hidden state of each token, and the new cache."""
+        output = Transformer(self.config).apply(
+            variables, tokens_BT, cache=cache, num_tokens_B=num_tokens_B, return_logits=False
+        )
+        output = cast(TransformerOutput, output)
+        return output.hidden_BTD, cast(Cache, output.cache)
+
+    def _next(
+        self, variables: Any, hidden_BD: jax.Array, step: jax.Array, done_B: jax.Array, limits: Limits, how: Sampling
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The token after `hidden_BD`, what of it is given out, and which rows have ended with it."""
+        head_DV = head_weight(self.config, variables["params"])
+        logits_BV = jnp.einsum("BD,DV->BV", hidden_BD, head_DV, preferred_element_type=jnp.float32)
+        token_B = sample(logits_BV, limits.keys_B, step, how)
+        done_B |= jnp.isin(token_B, limits.stop_ids_N)
+        given_B = jnp.where(done_B, NO_TOKEN, token_B)
+        return token_B, given_B, done_B | (step + 1 >= limits.budget_B)
+
+    def _prefill(
+        self,
+        variables: Any,
+        tokens_BT: jax.Array,
+        lengths_B: jax.Array,
+        limits: Limits,
+        how: Sampling,
+        *,
+        cache_length: int,
+    ) -> tuple[DecodeState, jax.Array]:
+        """The state after the prompts, and the first token of each row, [B, 1]."""
+        B = len(tokens_BT)
+        cache = make_cache(self.config, B, cache_length)
+        hidden_BTD, cache = self._apply(variables, tokens_BT, cache, lengths_B)
+        hidden_BD = hidden_BTD[jnp.arange(B), lengths_B - 1]
+        step = jnp.int32(0)
+        token_B, given_B, done_B = self._next(variables, hidden_BD, step, jnp.zeros(B, bool), limits, how)
+        return DecodeState(cache, token_B, step + 1, done_B), given_B[:, None]
+
+    def _decode(
+        self, variables: Any, state: DecodeState, limits: Limits, how: Sampling, steps: jax.Array
+    ) -> tuple[DecodeState, jax.Array]:
+        """Up to `steps` more tokens a row, [B, STEPS_A_CALL]; stops early when every row has ended."""
+        begin = state.step
+
+        def going(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
+            now, _ = carry
+            return (now.step - begin < steps) & ~jnp.all(now.done_B)
+
+        def step(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
+            now, out_BN = carry
+            hidden_BTD, cache = self._apply(variables, now.token_B[:, None], now.cache, (~now.done_B).astype(jnp.int32))
+            token_B, given_B, done_B = self._next(variables, hidden_BTD[:, 0], now.step, now.done_B, limits, how)
+            out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, given_B[:, None], now.step - begin, axis=1)
+            return DecodeState(cache, token_B, now.step + 1, done_B), out_BN
+
+        out_BN = jnp.full((len(state.token_B), STEPS_A_CALL), NO_TOKEN, jnp.int32)
+        return jax.lax.while_loop(going, step, (state, out_BN))

@@ -1,0 +1,66 @@
+"""Where a model to generate with comes from: a run's folder, a Hugging Face folder, or a GGUF file."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.data.pipeline import load_dataset
+from dsv3_jax.data.published_tokenizers import open_tokenizer
+from dsv3_jax.data.tokenizers import Tokenizer, run_tokenizer
+from dsv3_jax.interop.gguf import load_gguf
+from dsv3_jax.training.checkpoints import restore, run_config
+from dsv3_jax.training.loop import check_data
+
+
+class Source(NamedTuple):
+    """A model, its weights as numpy arrays, its tokenizer, and the longest text it was made for (None: not known)."""
+
+    config: ModelConfig
+    variables: Any
+    tokenizer: Tokenizer
+    max_length: int | None
+
+
+def open_run(workdir: str | pathlib.Path) -> Source:
+    """A trained run. Raises `ConfigError` if there is none, or its tokenizer is lost."""
+    run = run_config(workdir)
+    tokenizer = tokenizer_of_run(pathlib.Path(workdir))
+    config, variables = restore(workdir)
+    return Source(config, variables, tokenizer, run.data.sequence_length)
+
+
+def open_hf(folder: str | pathlib.Path) -> Source:
+    """A folder as Hugging Face publishes it. Raises `ConfigError` if it cannot be read."""
+    from dsv3_jax.interop.huggingface import load_hf
+
+    config, variables = load_hf(folder)
+    return _published(config, variables, open_tokenizer(folder))
+
+
+def open_gguf(path: str | pathlib.Path) -> Source:
+    """A GGUF file, tokenizer included. Raises `ConfigError` if it cannot be read."""
+    config, variables = load_gguf(path)
+    return _published(config, variables, open_tokenizer(path))
+
+
+def _published(config: ModelConfig, variables: Any, tokenizer: Tokenizer) -> Source:
+    return Source(config, variables, tokenizer, config.context_length)
+
+
+def tokenizer_of_run(workdir: pathlib.Path) -> Tokenizer:
+    """The tokenizer a run was trained with: the one it saved, or else made again from its text.
+
+    Raises:
+      ConfigError: neither is the tokenizer that the run names in `data.json`.
+    """
+    run, path = run_config(workdir), workdir / "tokenizer.json"
+    if not path.is_file():
+        dataset = load_dataset(run.data, run.model.vocab_size)
+        check_data(workdir, dataset, "tokenizer")
+        return dataset.tokenizer
+    tokenizer = run_tokenizer(run.data.tokenizer, path)
+    stored = json.loads((workdir / "data.json").read_text())["tokenizer"]
+    if tokenizer.fingerprint != stored:
+        raise ConfigError(f"{path}: is not the tokenizer that this run was trained with; delete it to make it again")
+    return tokenizer
