@@ -117,7 +117,8 @@ def random_batch(config: c.Config, seed: int = 0, packed: bool = True) -> dict[s
             segments[row, cut:] = 2
             positions[row, end:] = np.arange(T - end)
             segments[row, end:] = 0
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segment_ids": segments}
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segment_ids": segments}
+    return batch | {"domain": np.zeros((B, T), np.int32)}
 
 
 def assert_close(actual, expected, relative: float, what: str = "") -> None:

@@ -35,7 +35,7 @@ def test_overrides_choose_union_members_and_set_their_fields():
     [
         ("model.dmi", "3", "did you mean 'dim'"),
         ("model.attention.pattern.window", "64", "(full) has no field 'window'"),
-        ("model.attention.pattern", "sliding", "full | windowed | segmented"),
+        ("model.attention.pattern", "sliding", "full | windowed | runtime_windowed | segmented"),
         ("model.num_layers", "two", "must be of type int"),
         ("data.domains.7.weight", "1", "has 2 elements"),
         ("train.seed.x", "1", "which has no field 'x'"),

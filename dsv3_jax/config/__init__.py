@@ -71,7 +71,7 @@ from dsv3_jax.config.schema import (
     Windowed,
     Yarn,
 )
-from dsv3_jax.config.validation import validate_pattern
+from dsv3_jax.config.validation import validate_model, validate_pattern
 
 __all__ = [
     "DTYPES",
@@ -136,5 +136,6 @@ __all__ = [
     "load_module",
     "to_dict",
     "to_json",
+    "validate_model",
     "validate_pattern",
 ]

@@ -11,13 +11,21 @@ from dsv3_jax.config.schema import (
     Config,
     DataConfig,
     GroupedQuery,
+    GroupedSigmoid,
+    LayerPattern,
+    LearnedGlobal,
     MixtureOfExperts,
     ModelConfig,
     Pattern,
+    PerLayer,
+    RopeScaling,
+    RuntimeWindowed,
     Segmented,
+    Sparse,
     TrainConfig,
     WarmupStableDecay,
     Windowed,
+    Yarn,
 )
 
 
@@ -25,6 +33,13 @@ def validate(config: Config) -> None:
     """Raises `ConfigError` naming the first field that cannot work."""
     check_types(config)
     _validate_model(config.model)
+    require(
+        config.model.attention.causal,
+        "model.attention.causal",
+        False,
+        "must be true in training: queries that see later keys would see the tokens they are to predict",
+    )
+    _validate_trainable(config)
     _validate_data(config.data)
     _validate_train(config.train)
     _validate_mesh(config)
@@ -56,19 +71,112 @@ def _require_one_of(owner: Any, prefix: str, name: str, choices: tuple[str, ...]
     require(value in choices, f"{prefix}.{name}", value, f"must be one of {', '.join(choices)}")
 
 
-def validate_pattern(pattern: Pattern, prefix: str = "model.attention.pattern") -> None:
-    """Raises `ConfigError` for a window or segment below 1, or global positions that are not distinct and ≥ 0."""
-    if isinstance(pattern, Windowed):
-        _require_positive(pattern, prefix, "window")
-        positions = pattern.global_positions
+def validate_model(model: ModelConfig) -> None:
+    """Raises `ConfigError` for a model that cannot be built, whatever it is for."""
+    check_types(model, "model.")
+    _validate_model(model)
+
+
+def validate_pattern(pattern: Pattern, causal: bool = True, prefix: str = "model.attention.pattern") -> None:
+    """Raises `ConfigError` for a pattern with a value that cannot be."""
+    match pattern:
+        case Windowed():
+            _require_positive(pattern, prefix, "window")
+            _validate_stride(pattern, prefix)
+            _validate_positions(pattern.global_positions, f"{prefix}.global_positions")
+            fractions, name = pattern.global_fractions, f"{prefix}.global_fractions"
+            require(all(0 <= f <= 1 for f in fractions), name, fractions, "must be between 0 and 1")
+            require(
+                not (causal and fractions),
+                name,
+                fractions,
+                "a share of the length is not known while a text grows: use global_positions, or"
+                " model.attention.causal=false",
+            )
+        case RuntimeWindowed():
+            _require_positive(pattern, prefix, "window")
+            _validate_positions(pattern.global_positions, f"{prefix}.global_positions")
+            for index, entry in enumerate(pattern.tasks):
+                require(
+                    1 <= entry.window <= pattern.window,
+                    f"{prefix}.tasks.{index}.window",
+                    entry.window,
+                    f"must be between 1 and the largest window, {pattern.window}",
+                )
+            names = [entry.task for entry in pattern.tasks]
+            require(len(set(names)) == len(names), f"{prefix}.tasks", names, "must name each task once")
+        case Segmented():
+            _require_positive(pattern, prefix, "segment")
+            _require_one_of(pattern, prefix, "keys", ("segment", "all"))
+        case LearnedGlobal():
+            _require_positive(pattern, prefix, "window", "top_k")
+            _validate_stride(pattern, prefix)
+        case Sparse():
+            _require_positive(pattern, prefix, "top_k", "index_heads", "index_dim")
+            _require_one_of(pattern, prefix, "stage", ("warmup", "sparse"))
+            require(pattern.loss_weight >= 0, f"{prefix}.loss_weight", pattern.loss_weight, "must be at least 0")
+        case PerLayer():
+            _validate_cycle(pattern, causal, prefix)
+
+
+def _validate_stride(pattern: Windowed | LearnedGlobal, prefix: str) -> None:
+    require(
+        1 <= pattern.stride <= pattern.window,
+        f"{prefix}.stride",
+        pattern.stride,
+        f"must be between 1 and the window, {pattern.window}: beyond it, tokens between two windows would see nothing",
+    )
+
+
+def _validate_positions(positions: tuple[int, ...], name: str) -> None:
+    distinct = len(set(positions)) == len(positions)
+    require(all(p >= 0 for p in positions) and distinct, name, positions, "must be distinct positions of at least 0")
+
+
+def _validate_cycle(pattern: PerLayer, causal: bool, prefix: str) -> None:
+    require(len(pattern.patterns) > 0, f"{prefix}.patterns", pattern.patterns, "must hold at least one pattern")
+    for index, member in enumerate(pattern.patterns):
+        validate_pattern(member, causal, f"{prefix}.patterns.{index}")
+    for cls, differing in ((LearnedGlobal, ()), (Sparse, ("index_heads", "index_dim", "loss_weight", "stage"))):
+        members = [p for p in pattern.patterns if isinstance(p, cls)]
         require(
-            all(p >= 0 for p in positions) and len(set(positions)) == len(positions),
-            f"{prefix}.global_positions",
-            positions,
-            "must be distinct positions of at least 0",
+            len(members) in (0, len(pattern.patterns)),
+            f"{prefix}.patterns",
+            [p.kind for p in pattern.patterns],
+            f"{cls.kind} has parameters of its own and layers are stacked: all patterns must be it, or none",
         )
-    elif isinstance(pattern, Segmented):
-        _require_positive(pattern, prefix, "segment")
+        for name in differing:
+            values = [getattr(p, name) for p in members]
+            require(len(set(values)) <= 1, f"{prefix}.patterns.*.{name}", values, "must be the same in every layer")
+    tasks = [p.tasks for p in pattern.patterns if isinstance(p, RuntimeWindowed)]
+    require(all(t == tasks[0] for t in tasks), f"{prefix}.patterns.*.tasks", tasks, "must be the same in every layer")
+
+
+def _validate_scaling(scaling: RopeScaling | None, prefix: str = "model.attention.rope_scaling") -> None:
+    if scaling is None:
+        return
+    require(scaling.factor >= 1, f"{prefix}.factor", scaling.factor, "must be at least 1")
+    if isinstance(scaling, Yarn):
+        require(
+            scaling.beta_fast > scaling.beta_slow > 0,
+            f"{prefix}.beta_fast",
+            scaling.beta_fast,
+            f"must be above beta_slow={scaling.beta_slow}, and that above 0",
+        )
+
+
+def _layers_of(pattern: Pattern) -> tuple[LayerPattern, ...]:
+    return pattern.patterns if isinstance(pattern, PerLayer) else (pattern,)
+
+
+def _validate_trainable(config: Config) -> None:
+    warming = any(isinstance(p, Sparse) and p.stage == "warmup" for p in _layers_of(config.model.attention.pattern))
+    require(
+        not warming or config.train.trainable == ("indexer",),
+        "train.trainable",
+        config.train.trainable,
+        'must be ("indexer",) while a sparse pattern has stage=warmup: it trains the indexer alone',
+    )
 
 
 def _validate_model(model: ModelConfig) -> None:
@@ -82,7 +190,8 @@ def _validate_model(model: ModelConfig) -> None:
         model.num_dense_layers,
         f"must be between 0 and model.num_layers={model.num_layers}",
     )
-    projection, prefix = model.attention.projection, "model.attention.projection"
+    attention, prefix = model.attention, "model.attention.projection"
+    projection = attention.projection
     if isinstance(projection, GroupedQuery):
         _require_positive(projection, prefix, "num_heads", "num_kv_heads", "head_dim")
         require(
@@ -92,7 +201,9 @@ def _validate_model(model: ModelConfig) -> None:
             f"must be a multiple of num_kv_heads={projection.num_kv_heads}",
         )
         require(projection.head_dim % 2 == 0, f"{prefix}.head_dim", projection.head_dim, "must be even, for RoPE")
+        rotated = projection.head_dim
     else:
+        rotated = projection.rope_head_dim
         _require_positive(
             projection, prefix, "num_heads", "latent_dim", "nope_head_dim", "rope_head_dim", "value_head_dim"
         )
@@ -103,7 +214,22 @@ def _validate_model(model: ModelConfig) -> None:
             "must be at least 1, or none for queries without compression",
         )
         require(projection.rope_head_dim % 2 == 0, f"{prefix}.rope_head_dim", projection.rope_head_dim, "must be even")
-    validate_pattern(model.attention.pattern)
+    validate_pattern(attention.pattern, attention.causal)
+    for pattern in _layers_of(attention.pattern):
+        require(
+            not isinstance(pattern, Sparse) or pattern.index_dim >= rotated,
+            "model.attention.pattern.index_dim",
+            getattr(pattern, "index_dim", None),
+            f"must be at least {rotated}, the rotated width of a head",
+        )
+    require(attention.rope_theta > 1, "model.attention.rope_theta", attention.rope_theta, "must be above 1")
+    require(
+        attention.softcap is None or attention.softcap > 0,
+        "model.attention.softcap",
+        attention.softcap,
+        "must be positive or none",
+    )
+    _validate_scaling(attention.rope_scaling)
     if model.moe is None:
         require(
             model.num_dense_layers == model.num_layers,
@@ -142,7 +268,7 @@ def _validate_moe(moe: MixtureOfExperts) -> None:
         f" of {group_size}",
     )
     require(
-        router.num_groups == 1 or group_size >= 2,
+        router.num_groups == 1 or group_size >= 2 or not isinstance(router, GroupedSigmoid),
         f"{prefix}.num_groups",
         router.num_groups,
         f"leaves {group_size} expert(s) a group; a group is scored by its two best, so use at most"

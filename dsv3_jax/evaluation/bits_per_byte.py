@@ -33,7 +33,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> EvalStep:
 
     def eval_step(params, selection_bias, batch):
         variables = {"params": params, "selection_bias": selection_bias}
-        return summed_loss(config.model, variables, batch, config.data.max_segments)[0]
+        return summed_loss(config, variables, batch)[0]
 
     jitted = jax.jit(eval_step, in_shardings=(None, None, batch_sharding(mesh)))
 

@@ -112,7 +112,8 @@ def run_layers(
     n = len(cycle)
     whole, rest = divmod(group.count, n)
     parts, outputs = jax.tree.map(lambda x: jnp.split(x, [whole * n]), variables), []
-    head, tail = (jax.tree.map(lambda _, p: p[i], variables, parts) for i in (0, 1))
+    head = jax.tree.map(lambda _, part: part[0], variables, parts)
+    tail = jax.tree.map(lambda _, part: part[1], variables, parts)
     if whole:
         periods = jax.tree.map(lambda x: x.reshape(whole, n, *x.shape[1:]), head)
         x_BTD, output = jax.lax.scan(lambda x, own: run_slots(x, own, n), x_BTD, periods, unroll=whole if unroll else 1)

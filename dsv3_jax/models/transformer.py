@@ -1,5 +1,6 @@
 """The language model."""
 
+import dataclasses
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv3_jax import axes
-from dsv3_jax.config import ConfigError, LearnedGlobal, ModelConfig, Sparse
+from dsv3_jax.config import Config, ConfigError, LearnedGlobal, ModelConfig, Sparse
 from dsv3_jax.layers.attention import CacheStep, Packing, make_packing
 from dsv3_jax.layers.block import Block, BlockOutput
 from dsv3_jax.layers.common import RMSNorm, parameter
@@ -16,7 +17,7 @@ from dsv3_jax.layers.projections import stored_shapes
 from dsv3_jax.models.stack import LayerGroup, layer_groups, run_layers
 from dsv3_jax.ops.caches import Cache, LayerCache, cache_layout
 from dsv3_jax.ops.losses import cross_entropy
-from dsv3_jax.ops.patterns import Place, layer_patterns
+from dsv3_jax.ops.patterns import Place, layer_patterns, task_windows
 from dsv3_jax.ops.routing import Routing
 from dsv3_jax.sharding import constrain
 
@@ -91,7 +92,8 @@ class Transformer(nn.Module):
             logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
             logits_BTV = constrain(logits_BTV, (axes.BATCH, axes.LENGTH, axes.VOCAB))
         if cache is not None and packing.cache_step is not None:
-            cache = cache.replace(length_B=packing.cache_step.length_B, layers=caches, fresh=False)
+            length_B = packing.cache_step.length_B
+            cache = dataclasses.replace(cache, length_B=length_B, layers=caches, fresh=False)
         return TransformerOutput(logits_BTV, hidden_BTD, routing, losses, cache)
 
     def _packing(
@@ -170,20 +172,22 @@ def head_weight(config: ModelConfig, params: Any) -> jax.Array:
     return head_DV.astype(config.compute_dtype)
 
 
-def summed_loss(
-    config: ModelConfig, variables: Any, batch: dict[str, jax.Array], max_segments: int
-) -> tuple[jax.Array, TransformerOutput]:
-    """Σ over the real tokens of a packed batch of −log p(target), in nats, float32; and the output, without logits."""
-    output = Transformer(config).apply(
+def summed_loss(config: Config, variables: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, TransformerOutput]:
+    """Σ over the real tokens of a packed batch of −log p(target), in nats, float32; and the output, without logits.
+
+    Where a pattern names a window for each task, a token's task is its domain.
+    """
+    window_D = task_windows(config.model.attention.pattern, [domain.name for domain in config.data.domains])
+    output = Transformer(config.model).apply(
         variables,
         batch["tokens"],
         batch["positions"],
         batch["segment_ids"],
-        window_BT=batch.get("window"),
-        max_segments=max_segments,
+        window_BT=None if window_D is None else jnp.asarray(window_D)[batch["domain"]],
+        max_segments=config.data.max_segments,
         return_logits=False,
     )
     output = cast(TransformerOutput, output)
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
-    head_DV = head_weight(config, variables["params"])
+    head_DV = head_weight(config.model, variables["params"])
     return cross_entropy(output.hidden_BTD, head_DV, batch["targets"], weights_BT), output

@@ -9,6 +9,7 @@ What lies in a slot follows from how many tokens a row has seen. Rows may have d
 rolled back (`Cache.rollback`) by as many tokens as one call may add.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -46,7 +47,7 @@ class Cache:
 
     def rollback(self, length_B: jax.Array) -> "Cache":
         """Forgets what came after the first `length_B` tokens of each row; at most `step` tokens of the last call."""
-        return self.replace(length_B=length_B)
+        return dataclasses.replace(self, length_B=length_B)
 
 
 def cache_layout(pattern: LayerPattern, max_length: int, step: int) -> CacheLayout:

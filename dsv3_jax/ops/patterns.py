@@ -9,6 +9,7 @@ Positions restart at 0 in each document of a packed row and rise by one; `segmen
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,15 @@ def global_fractions(pattern: LayerPattern) -> tuple[float, ...]:
     return pattern.global_fractions if isinstance(pattern, Windowed) else ()
 
 
+def task_windows(pattern: Pattern, tasks: Sequence[str]) -> np.ndarray | None:
+    """The window of each task by name, int32; None where no layer's window is set at run time."""
+    for member in layer_patterns(pattern):
+        if isinstance(member, RuntimeWindowed):
+            named = {entry.task: entry.window for entry in member.tasks}
+            return np.asarray([named.get(task, member.window) for task in tasks], np.int32)
+    return None
+
+
 def fraction_position(fraction: float, length: jax.Array) -> jax.Array:
     """The position at a share of a document's length: 0 the first token, 1 the last."""
     return jnp.floor(fraction * (length - 1)).astype(jnp.int32)
@@ -76,7 +86,7 @@ def _local_range(pattern: LayerPattern, q_position, q_window):
             )  # first window that holds it
             return first, q_position // pattern.stride * pattern.stride + pattern.window - 1
         case RuntimeWindowed():
-            window = pattern.window if q_window is None else q_window
+            window = pattern.window if q_window is None else jnp.minimum(q_window, pattern.window)
             return q_position - window + 1, q_position + window - 1
         case Segmented(segment, "segment"):
             first = q_position // segment * segment

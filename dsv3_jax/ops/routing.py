@@ -41,8 +41,8 @@ def _choose(router: Router, biased_BTE: jax.Array) -> jax.Array:
 def route(router: Router, logits_BTE: jax.Array, bias_E: jax.Array, token_mask_BT: jax.Array) -> Routing:
     """The published DeepSeek-V3 router (arXiv:2412.19437, equations 12-20), and DeepSeek-V2's and Mixtral's.
 
-    s = sigmoid(logits), or softmax(logits); chosen by s + bias; weights s / Σ_chosen s · route_scale. The balance loss of
-    a sequence is Σ_e f_e P_e with f_e = E / (K T) · #(tokens on e) and P_e = mean over tokens of s_e / Σ s.
+    s = sigmoid(logits), or softmax(logits); chosen by s + bias; weights s / Σ_chosen s · route_scale. The balance loss
+    of a sequence is Σ_e f_e P_e with f_e = E / (K T) · #(tokens on e) and P_e = mean over tokens of s_e / Σ s.
 
     Args:
       logits_BTE: float32. bias_E: the selection bias; no gradient flows to it. token_mask_BT: False on padding, which

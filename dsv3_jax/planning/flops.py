@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsv3_jax.config import Latent, ModelConfig
+from dsv3_jax.config import Full, Latent, LayerPattern, LearnedGlobal, ModelConfig, Sparse
 from dsv3_jax.models.transformer import Transformer
-from dsv3_jax.ops.patterns import visible_keys
+from dsv3_jax.ops.patterns import layer_patterns, visible_keys
 
 
 class ParameterCount(NamedTuple):
@@ -50,9 +50,13 @@ def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
     else:
         N = M = projection.head_dim
         weights = D * H * N + 2 * D * projection.num_kv_heads * N + H * M * D
+    cycle = layer_patterns(attention.pattern)
+    patterns = [cycle[layer % len(cycle)] for layer in range(L)]
+    keys = sum(visible_keys(pattern, length, attention.causal) for pattern in patterns)
     parts = {
         "attention projections": 2.0 * L * weights,
-        "attention scores and values": 2.0 * L * H * (N + M) * visible_keys(attention.pattern, length),
+        "attention scores and values": 2.0 * H * (N + M) * keys,
+        "learned patterns": sum(_pattern_flops(config, pattern, length) for pattern in patterns),
         "dense MLP": 2.0 * config.num_dense_layers * 3 * D * config.dense_dim,
         "vocabulary head": 2.0 * D * config.vocab_size,
     }
@@ -63,6 +67,19 @@ def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
         parts["routed experts"] = 2.0 * sparse * moe.router.top_k * expert
         parts["shared experts"] = 2.0 * sparse * moe.num_shared_experts * expert
     return parts
+
+
+def _pattern_flops(config: ModelConfig, pattern: LayerPattern, length: int) -> float:
+    """Of the gate; of the indexer, which scores every earlier key."""
+    projection, D = config.attention.projection, config.dim
+    match pattern:
+        case LearnedGlobal():
+            return 2.0 * D
+        case Sparse(index_heads=H, index_dim=N):
+            Q = (projection.query_latent_dim if isinstance(projection, Latent) else None) or D
+            keys = visible_keys(Full(), length, config.attention.causal)
+            return 2.0 * (Q * H * N + D * N + D * H + keys * H * (N + 1))
+    return 0.0
 
 
 def training_flops(config: ModelConfig, length: int) -> float:

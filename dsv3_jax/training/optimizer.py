@@ -30,15 +30,19 @@ def is_matrix(path: tuple[Any, ...]) -> bool:
 
 
 def is_vector(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter is a norm scale or a bias, however many layers are stacked in it."""
-    return path[-1].key in ("scale", "bias")
+    """Whether a parameter is a norm scale, a bias or a sink, however many layers are stacked in it."""
+    return path[-1].key in ("scale", "bias", "sinks")
 
 
-def make_optimizer(config: AdamW, schedule: Schedule, dim: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: AdamW, schedule: Schedule, dim: int, trainable: tuple[str, ...] = ()
+) -> optax.GradientTransformation:
     """Clip by global norm, Adam, decoupled decay (not on norms and biases), rate by schedule and by width.
 
     Matrices train at learning_rate · base_dim / dim, embeddings and norms at learning_rate (see `config.AdamW`). The
-    decay is decoupled from the width: a matrix decays by rate · weight_decay of the schedule, at every width.
+    decay is decoupled from the width: a matrix decays by rate · weight_decay of the schedule, at every width. Where
+    `trainable` names words, parameters without one of them in their path stay as they are, and their gradients count
+    nowhere.
     """
     width = config.base_dim / dim
 
@@ -49,13 +53,26 @@ def make_optimizer(config: AdamW, schedule: Schedule, dim: int) -> optax.Gradien
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: not is_vector(path), params)
 
+    def chosen(updates, params=None):
+        del params
+        return jax.tree_util.tree_map_with_path(
+            lambda path, u: u if _is_trainable(path, trainable) else jnp.zeros_like(u), updates
+        )
+
+    frozen = [optax.stateless(chosen)] if trainable else []
     return optax.chain(
+        *frozen,
         optax.clip_by_global_norm(config.clip_norm),
         _scale_by_adam(config),
         optax.stateless(scale_matrices),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(make_schedule(schedule, config.learning_rate)),
+        *frozen,
     )
+
+
+def _is_trainable(path: tuple[Any, ...], words: tuple[str, ...]) -> bool:
+    return any(key.key in words for key in path)
 
 
 def _scale_by_adam(config: AdamW) -> optax.GradientTransformation:

@@ -11,9 +11,10 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax import axes
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, Sparse
 from dsv3_jax.evaluation.bits_per_byte import EvalStep, make_eval_step
 from dsv3_jax.models.transformer import Transformer, summed_loss
+from dsv3_jax.ops.patterns import layer_patterns
 from dsv3_jax.ops.routing import update_selection_bias
 from dsv3_jax.sharding import batch_sharding, constrain, shardings
 from dsv3_jax.training.optimizer import make_optimizer, make_schedule
@@ -38,7 +39,8 @@ class TrainState:
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a training batch."""
     shape = (config.train.batch_size, config.data.sequence_length)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
+    names = ("tokens", "targets", "positions", "segment_ids", "domain")
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
 
 
 class Trainer:
@@ -47,7 +49,8 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self._model = Transformer(config.model)
-        self._optimizer = make_optimizer(config.train.optimizer, config.train.schedule, config.model.dim)
+        train = config.train
+        self._optimizer = make_optimizer(train.optimizer, train.schedule, config.model.dim, train.trainable)
         self._schedule = make_schedule(config.train.schedule, config.train.optimizer.learning_rate)
         self.state_shapes = jax.eval_shape(self._init, jax.random.key(0))
         self.state_shardings = self._state_shardings()
@@ -129,8 +132,8 @@ class Trainer:
     def _loss_sums(self, params, selection_bias, batch: Batch):
         """Each loss term summed over the micro-batch, and each layer's load [L, E]."""
         variables = {"params": params, "selection_bias": selection_bias}
-        lm, output = summed_loss(self.config.model, variables, batch, self.config.data.max_segments)
-        sums = {"lm": lm}
+        lm, output = summed_loss(self.config, variables, batch)
+        sums = {"lm": lm} | output.losses
         load_LE = jnp.zeros((0, 1))
         if output.routing is not None:
             sums["balance"] = jnp.sum(output.routing.balance)
@@ -141,14 +144,21 @@ class Trainer:
         """Weight of each loss term in the total."""
         moe = self.config.model.moe
         sparse = self.config.model.num_layers > self.config.model.num_dense_layers
-        return {"lm": 1.0} | ({"balance": moe.router.balance_weight} if moe and sparse else {})
+        weights = {"lm": 1.0} | ({"balance": moe.router.balance_weight} if moe and sparse else {})
+        indexers = [p.loss_weight for p in layer_patterns(self.config.model.attention.pattern) if isinstance(p, Sparse)]
+        return weights | ({"indexer": indexers[0]} if indexers else {})
+
+    def _indexed_layers(self) -> int:
+        patterns = layer_patterns(self.config.model.attention.pattern)
+        return sum(isinstance(patterns[layer % len(patterns)], Sparse) for layer in range(self.config.model.num_layers))
 
     def _term_counts(self, batch: Batch) -> dict[str, jax.Array]:
-        """What each term's sum is divided by, over the whole batch: real tokens; sequences × layers."""
+        """What each term's sum is divided by, over the whole batch: real tokens; sequences or tokens × layers."""
         real_BT = batch["segment_ids"] > 0
         sequences = jnp.sum(jnp.any(real_BT, axis=-1))
         sparse = self.config.model.num_layers - self.config.model.num_dense_layers
-        counts = {"lm": jnp.sum(real_BT), "balance": sequences * sparse}
+        tokens = jnp.sum(real_BT)
+        counts = {"lm": tokens, "balance": sequences * sparse, "indexer": tokens * self._indexed_layers()}
         return {name: jnp.maximum(counts[name], 1).astype(jnp.float32) for name in self.term_weights()}
 
     def _gradients(self, params, selection_bias, batch: Batch):
@@ -188,7 +198,8 @@ class Trainer:
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
         selection_bias = state.selection_bias
         moe = self.config.model.moe
-        if load_LE.shape[0] and moe is not None:
+        frozen = self.config.train.trainable and "selection_bias" not in self.config.train.trainable
+        if load_LE.shape[0] and moe is not None and not frozen:
             update = functools.partial(update_selection_bias, load_E=load_LE, rate=moe.router.bias_update_rate)
             selection_bias = jax.tree.map(update, selection_bias)
         weights = self.term_weights()

@@ -8,7 +8,7 @@ that memory is linear in T.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +126,15 @@ class _Inputs(NamedTuple):
     place: Place
 
 
+class _GlobalSet(NamedTuple):
+    """Global keys with their contents, and what is added to their scores, if anything."""
+
+    keys: GlobalKeys
+    k_BGmPN: jax.Array
+    v_BGmPM: jax.Array
+    bias_BmP: jax.Array | None
+
+
 class _Blocks(NamedTuple):
     """Inputs cut into blocks: q, k, v heads first; position, segment and window [B, 1, n, S]; the global key set."""
 
@@ -133,10 +142,7 @@ class _Blocks(NamedTuple):
     k_BGnSN: jax.Array
     v_BGnSM: jax.Array
     place_B1nS: Place
-    keys: GlobalKeys | None
-    k_global_BGmPN: jax.Array | None
-    v_global_BGmPM: jax.Array | None
-    bias_BmP: jax.Array | None
+    far: _GlobalSet | None
 
 
 def _cut(plan: _Plan, inputs: _Inputs) -> _Blocks:
@@ -147,7 +153,7 @@ def _cut(plan: _Plan, inputs: _Inputs) -> _Blocks:
         _heads_first(k, block, G)[:, :, :, 0],
         _heads_first(v, block, G)[:, :, :, 0],
         jax.tree.map(lambda x_BT: _to_blocks(x_BT, block)[:, None], place),
-        *(None,) * 4,
+        None,
     )
     if not has_global_keys(plan.pattern):
         return blocks
@@ -161,7 +167,7 @@ def _cut(plan: _Plan, inputs: _Inputs) -> _Blocks:
     bias_BmP = None
     if gate_BT is not None:
         bias_BmP = jnp.take_along_axis(jax.nn.log_sigmoid(gate_BT)[:, None], keys.row_BmP, axis=-1)
-    return blocks._replace(keys=keys, k_global_BGmPN=pick(k), v_global_BGmPM=pick(v), bias_BmP=bias_BmP)
+    return blocks._replace(far=_GlobalSet(keys, pick(k), pick(v), bias_BmP))
 
 
 class _Scored(NamedTuple):
@@ -196,13 +202,13 @@ def _key_sets(plan: _Plan, blocks: _Blocks, run: Run) -> list[_Scored]:
     local = local_mask(plan.pattern, plan.causal, q_place.position_BT[..., None], k_position[..., None, :], q_window)
     local &= same_document(q_place.segment_BT[..., None], k_segment[..., None, :])
     sets = [key_set(k, v, local)]
-    if blocks.keys is not None:
-        keys = jax.tree.map(lambda x: _of_run(x, run, 1), blocks.keys)
+    if blocks.far is not None:
+        keys = jax.tree.map(lambda x: _of_run(x, run, 1), blocks.far.keys)
         chosen = global_mask(plan.pattern, plan.causal, keys, *(None if x is None else x[:, 0] for x in q_place))
-        bias = None if blocks.bias_BmP is None else _of_run(blocks.bias_BmP, run, 1)
+        bias = None if blocks.far.bias_BmP is None else _of_run(blocks.far.bias_BmP, run, 1)
         k, v = (
             jnp.broadcast_to(x, (*x.shape[:2], run.count, *x.shape[3:]))
-            for x in (_of_run(blocks.k_global_BGmPN, run, 2), _of_run(blocks.v_global_BGmPM, run, 2))
+            for x in (_of_run(blocks.far.k_BGmPN, run, 2), _of_run(blocks.far.v_BGmPM, run, 2))
         )
         sets.append(key_set(k, v, chosen[:, None], bias))
     return sets
@@ -226,7 +232,7 @@ def _forward(plan: _Plan, inputs: _Inputs):
         outs.append(jnp.where(total > 0, out / jnp.where(total > 0, total, 1), 0).astype(dtype))
         lses.append((peak + jnp.log(total))[..., 0])
     out_BGnhSM, lse_BGnhS = jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
-    if blocks.keys is not None and blocks.keys.owner_BmP is None:  # one key set for all documents, of a static size
+    if blocks.far is not None and blocks.far.keys.owner_BmP is None:  # one key set for all documents, of a static size
         beyond = (blocks.place_B1nS.segment_BT > plan.max_segments)[:, :, :, None, :, None]
         out_BGnhSM = jnp.where(beyond, jnp.nan, out_BGnhSM).astype(dtype)
     lse_BHT = jnp.moveaxis(lse_BGnhS, 2, 3).reshape(B, H, -1)[..., :T]
@@ -263,23 +269,33 @@ def _backward(plan: _Plan, saved, cotangents):
         globals_ += grads[1:]
     dq_BTHN = _heads_last(jnp.concatenate(dqs, axis=2), plan.length)
     dk_BTGN, dv_BTGM = (_heads_last(x[:, :, :, None], plan.length) for x in (dk, dv))
-    dgate_BT = None if gate_BT is None else jnp.zeros_like(gate_BT)
-    if blocks.keys is not None:
-        row_BmP = blocks.keys.row_BmP
-        B, m, P = row_BmP.shape
-
-        def gather(parts, axis):
-            whole = jnp.concatenate(parts, axis=axis)
-            return whole if m > 1 or whole.shape[axis] == 1 else jnp.sum(whole, axis=axis, keepdims=True)
-
-        dk_global, dv_global = (gather([part[i] for part in globals_], 2) for i in (0, 1))
-        index = (jnp.arange(B)[:, None], row_BmP.reshape(B, -1))
-        dk_BTGN = dk_BTGN.at[index].add(jnp.moveaxis(dk_global, 1, 3).reshape(B, m * P, G, -1))
-        dv_BTGM = dv_BTGM.at[index].add(jnp.moveaxis(dv_global, 1, 3).reshape(B, m * P, G, -1))
+    dgate_BT = None
+    if blocks.far is not None:
+        dk_BTGN, dv_BTGM, dbias_BT = _add_global(blocks.far.keys, globals_, dk_BTGN, dv_BTGM)
         if gate_BT is not None:
-            dbias_BmP = gather([part[2] for part in globals_], 1)
-            dgate_BT = dgate_BT.at[index].add(dbias_BmP.reshape(B, -1)) * jax.nn.sigmoid(-gate_BT)
-    return (_Inputs(dq_BTHN.astype(q.dtype), dk_BTGN.astype(k.dtype), dv_BTGM.astype(v.dtype), dgate_BT, None),)  # type: ignore[arg-type]
+            dgate_BT = dbias_BT * jax.nn.sigmoid(-gate_BT)  # of log-sigmoid
+    dinputs = (dq_BTHN.astype(q.dtype), dk_BTGN.astype(k.dtype), dv_BTGM.astype(v.dtype), dgate_BT, None)
+    return (_Inputs(*cast(Any, dinputs)),)
+
+
+def _add_global(keys: GlobalKeys, grads: list[Any], dk_BTGN: jax.Array, dv_BTGM: jax.Array):
+    """dk and dv with the global keys' share scattered back, and the gradient of each key's bias [B, T]."""
+    B, m, P = keys.row_BmP.shape
+
+    def gather(parts, axis):
+        """Of all blocks; summed over them where the keys are one set for all."""
+        whole = jnp.concatenate(parts, axis=axis)
+        return jnp.sum(whole, axis=axis, keepdims=True) if m == 1 else whole
+
+    index = (jnp.arange(B)[:, None], keys.row_BmP.reshape(B, -1))
+
+    def scatter(total_BTGN, parts):
+        share_BmPGN = jnp.moveaxis(gather(parts, 2), 1, 3)
+        return total_BTGN.at[index].add(share_BmPGN.reshape(B, m * P, *total_BTGN.shape[2:]))
+
+    dk, dv, dbias = zip(*grads, strict=True)
+    dbias_BT = jnp.zeros(dk_BTGN.shape[:2]).at[index].add(gather(dbias, 1).reshape(B, -1))
+    return scatter(dk_BTGN, dk), scatter(dv_BTGM, dv), dbias_BT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
