@@ -211,9 +211,20 @@ class Plan(NamedTuple):
     table: list[Tensor]
     shards: list[list[Layout]]
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors."""
+        return sum(layout.nbytes for shard in self.shards for layout in shard)
 
-def plan_hf(config: ModelConfig, leaves: Mapping[str, Any], max_shard_bytes: int = SHARD_BYTES) -> Plan:
-    """Checks that a published architecture can express the model and its leaves (path -> anything with shape, dtype).
+
+def plan_hf(
+    config: ModelConfig, leaves: Mapping[str, Any], max_shard_bytes: int = SHARD_BYTES, by_leaf: bool = False
+) -> Plan:
+    """Checks that a published architecture can express the model and its leaves.
+
+    Args:
+      leaves: path -> array; of all but the selection bias shape and dtype are enough.
+      by_leaf: tensors of one leaf follow each other; otherwise those of one layer.
 
     Raises:
       ConfigError: it cannot; names the field or the leaf.
@@ -236,6 +247,8 @@ def plan_hf(config: ModelConfig, leaves: Mapping[str, Any], max_shard_bytes: int
             raise ConfigError(f"variables: {path} has shape {given}, this config's model has {expected.get(path)}")
         if np.dtype(leaves[path].dtype) not in DTYPE_NAMES:
             raise ConfigError(f"variables: {path} is {leaves[path].dtype}; cast it to float32 or bfloat16")
+    if by_leaf:
+        table.sort(key=lambda tensor: tensor.path)
     layouts = [Layout(t.name, np.dtype(leaves[t.path].dtype), t.published_shape) for t in table]
     return Plan(config_json, table, plan_shards(layouts, max_shard_bytes))
 

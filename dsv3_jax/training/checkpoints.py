@@ -1,6 +1,7 @@
 """Checkpoints of state and data position, behind one thin adapter to Orbax (whose v1 API may still move)."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dsv3_jax.config import Config, ConfigError, MeshConfig, ModelConfig, load
+from dsv3_jax.interop.huggingface import flat, nested
+from dsv3_jax.interop.weight_folder import has_weights, open_weights
 from dsv3_jax.sharding import make_mesh
 from dsv3_jax.training.step import Trainer, TrainState
 
@@ -65,6 +68,20 @@ class Checkpoints:
         """The newest params and selection bias, without optimizer state."""
         return self._inner.load_checkpointables(self.latest_step(), {"variables": abstract})["variables"]
 
+    def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Path -> shape and dtype of the newest params and selection bias, read from its metadata."""
+        metadata = self._inner.checkpointables_metadata(self.latest_step()).metadata["variables"]
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat(metadata).items()}
+
+    def read_leaf(self, path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        """One of `leaves`, on the host; the others are left on disk."""
+        part = nested({path: np.empty(leaf.shape, leaf.dtype)})
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            loaded = self._inner.load_checkpointables(self.latest_step(), {"variables": part})["variables"]
+        return flat(loaded)[path]
+
     def close(self) -> None:
         """Waits for the last save."""
         self.wait()
@@ -90,17 +107,43 @@ def open_checkpoints(workdir: str | pathlib.Path) -> Checkpoints:
 
 
 def restore_run(workdir: str | pathlib.Path, trainer: Trainer) -> tuple[Any, int]:
-    """Variables of a run's newest checkpoint on the trainer's mesh, and their step. Raises `ConfigError` if none."""
+    """Variables of a run's newest checkpoint on the trainer's mesh, and their step; or of converted weights, step 0.
+
+    Raises:
+      ConfigError: there is neither, or a conversion has not been finished.
+    """
+    abstract = trainer.abstract_state().variables()
+    if has_weights(workdir):
+        return place(open_weights(workdir).open("r"), abstract), 0
     checkpoints = open_checkpoints(workdir)
-    variables, step = checkpoints.restore_variables(trainer.abstract_state().variables()), checkpoints.latest_step()
+    variables, step = checkpoints.restore_variables(abstract), checkpoints.latest_step()
     checkpoints.close()
     assert step is not None
     return variables, step
 
 
+def place(leaves: Mapping[str, np.ndarray], abstract: Any) -> Any:
+    """Arrays of the shapes, dtypes and shardings of `abstract`; each device reads its part of each leaf only."""
+
+    def leaf(path: str, x: jax.ShapeDtypeStruct) -> jax.Array:
+        def part(index):
+            return np.asarray(leaves[path][index], x.dtype)
+
+        return jax.make_array_from_callback(x.shape, x.sharding, part)
+
+    return nested({path: leaf(path, x) for path, x in flat(abstract).items()}) | {
+        name: {} for name, tree in abstract.items() if not tree
+    }
+
+
 def restore(workdir: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Model config and variables of a trained run, on one device: `Transformer(config).apply(variables, tokens)`."""
+    """Model config and variables of a trained run, on one device: `Transformer(config).apply(variables, tokens)`.
+
+    Converted weights are mapped from their files, in their own dtypes, and read when they are used.
+    """
     config = run_config(workdir)
+    if has_weights(workdir):
+        return config.model, nested(open_weights(workdir).open("r"))
     config.mesh = MeshConfig()
     variables, _ = restore_run(workdir, Trainer(config, make_mesh(config.mesh)))
     return config.model, jax.tree.map(np.asarray, variables)
