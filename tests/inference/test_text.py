@@ -1,0 +1,99 @@
+"""Stop strings and incremental decoding, whatever the borders of tokens."""
+
+import numpy as np
+import pytest
+
+from dsv3_jax import config as c
+from dsv3_jax.data.tokenizers import StreamDecoder, make_tokenizer
+from dsv3_jax.inference.text import StopStrings, TextStream
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(c.BpeTokenizer(300), {"a": ["the cat sat on the mat " * 20]})
+
+
+def cut(text: str, stops: list[str], piece: int) -> tuple[str, bool]:
+    """Text through `StopStrings`, `piece` characters at a time."""
+    stopper, shown = StopStrings(stops), ""
+    for at in range(0, len(text), piece):
+        shown += stopper.push(text[at : at + piece])
+        assert not any(stop in shown for stop in stops if stop)
+    return shown + stopper.flush(), stopper.found
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize(
+    ("text", "stops", "expected", "found"),
+    [
+        ("one\n\ntwo", ["\n\n"], "one", True),
+        ("one\ntwo\n", ["\n\n"], "one\ntwo\n", False),
+        ("aaab", ["aab"], "a", True),
+        ("ababac", ["abac"], "ab", True),
+        ("stop", ["stop"], "", True),
+        ("nothing here", ["xyz", ""], "nothing here", False),
+        ("abcX", ["abcX", "c"], "ab", True),
+        ("end with a begin", ["begins"], "end with a begin", False),
+        ("first or second", ["second", "or"], "first ", True),
+    ],
+)
+def test_text_ends_before_the_stop_string(piece, text, stops, expected, found):
+    assert cut(text, stops, piece) == (expected, found)
+
+
+def test_text_that_cannot_be_a_stop_string_is_shown_at_once():
+    stopper = StopStrings(["END"])
+    assert [stopper.push(x) for x in ("a", "bE", "N", "x", "END!", "more")] == ["a", "b", "", "ENx", "", ""]
+
+
+@pytest.mark.parametrize("text", ["naïve 漢字 🙂🏽 ok", "", "the cat sat", "🙂" * 9])
+def test_pieces_add_up_and_hold_no_half_characters(tokenizer, text):
+    ids = tokenizer.encode(text)
+    decoder = StreamDecoder(tokenizer, tokenizer.encode("before 🙂"))
+    pieces = [decoder.push([i]) for i in ids] + [decoder.flush()]
+    assert "".join(pieces) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_an_unfinished_character_comes_with_flush(tokenizer):
+    ids = tokenizer.encode("ok 漢")
+    decoder = StreamDecoder(tokenizer)
+    shown = "".join(decoder.push([i]) for i in ids[:-1])
+    assert shown == "ok " and decoder.flush() == "\N{REPLACEMENT CHARACTER}"
+    assert decoder.push(ids[-1:]) == "漢"
+
+
+class Script:
+    """Stands for a generator: gives out the tokens of given texts, some at a time."""
+
+    def __init__(self, rows, steps: int):
+        self.rows, self.steps = rows, steps
+
+    def room(self, prompts, max_new_tokens):
+        return [max_new_tokens for _ in prompts]
+
+    def stream(self, prompts, **options):
+        length = max(map(len, self.rows))
+        tokens = np.full((len(self.rows), length), -1, np.int32)
+        for row, ids in zip(tokens, self.rows, strict=True):
+            row[: len(ids)] = ids
+        for at in range(0, length, self.steps):
+            yield tokens[:, at : at + self.steps]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 32])
+def test_rows_stop_by_themselves(tokenizer, steps):
+    texts = ["the cat\nUser: sat", "on the mat 漢", "the mat\nUse the cat"]
+    rows = [tokenizer.encode(text) for text in texts]
+    room = len(rows[2])
+    rows[1] = rows[1][:-1]
+    stream = TextStream(Script(rows, steps), tokenizer, [[5]] * 3, max_new_tokens=room, stop=["\nUser:"])
+    pieces = list(stream)
+    done = stream.completions
+    assert [completion.text for completion in done] == ["the cat", "on the mat \N{REPLACEMENT CHARACTER}", texts[2]]
+    assert [completion.text for completion in done] == ["".join(row) for row in zip(*pieces, strict=True)]
+    assert [completion.stopped for completion in done] == [True, len(rows[1]) < room, False]
+    assert done[0].num_tokens == len(tokenizer.encode("the cat\nUser:"))
+    assert [done[1].num_tokens, done[2].num_tokens] == [len(rows[1]), len(rows[2])]
