@@ -1,5 +1,6 @@
 """Configs: overrides, JSON, and one clear line for what cannot run."""
 
+import dataclasses
 import pathlib
 
 import pytest
@@ -9,6 +10,7 @@ from tests.conftest import tiny_config, tiny_model
 
 pytestmark = pytest.mark.quick
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+CONFIGS += sorted((pathlib.Path(__file__).parent.parent / "configs" / "attention").glob("*.py"))
 
 
 def test_overrides_choose_union_members_and_set_their_fields():
@@ -88,6 +90,51 @@ def test_validate_refuses_windows_of_nothing_and_heads_that_do_not_divide():
         c.Config(model=tiny_model(attention=c.Attention(pattern=c.Windowed(4, (1, 1))))).validate()
     with pytest.raises(c.ConfigError, match="multiple of num_kv_heads=3"):
         c.Config(model=tiny_model(attention=c.Attention(projection=c.GroupedQuery(4, 3, 8)))).validate()
+
+
+PATTERNS_REFUSED = [
+    (c.Windowed(8, stride=9), "tokens between two windows would see nothing"),
+    (c.Windowed(8, global_fractions=(0.5,)), "not known while a text grows: use global_positions"),
+    (c.Windowed(8, global_fractions=(1.5,)), "between 0 and 1"),
+    (c.RuntimeWindowed(8, tasks=(c.TaskWindow("prose", 9),)), "between 1 and the largest window, 8"),
+    (c.RuntimeWindowed(8, tasks=(c.TaskWindow("a", 1), c.TaskWindow("a", 2))), "name each task once"),
+    (c.Segmented(8, keys="some"), "must be one of segment, all"),
+    (c.LearnedGlobal(8, 9, 2), "stride=9"),
+    (c.LearnedGlobal(8, 8, 0), "top_k=0: must be at least 1"),
+    (c.Sparse(8, 4, 4), "at least 8, the rotated width"),
+    (c.Sparse(8, 4, 16, stage="dense"), "must be one of warmup, sparse"),
+    (c.Sparse(8, 4, 16, stage="warmup"), 'must be ("indexer",) while a sparse pattern has stage=warmup'),
+    (c.PerLayer(()), "at least one pattern"),
+    (c.PerLayer((c.Full(), c.Windowed(0))), "patterns.1.window=0"),
+    (c.PerLayer((c.Full(), c.LearnedGlobal())), "all patterns must be it, or none"),
+    (c.PerLayer((c.Sparse(8, 4, 16), c.Sparse(8, 2, 16))), "must be the same in every layer"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "says"), PATTERNS_REFUSED, ids=lambda x: x if isinstance(x, str) else x.kind)
+def test_patterns_that_cannot_be_are_refused(pattern, says):
+    attention = dataclasses.replace(tiny_model().attention, pattern=pattern)
+    with pytest.raises(c.ConfigError) as error:
+        c.Config(model=tiny_model(attention=attention)).validate()
+    assert says in str(error.value)
+
+
+def test_next_token_training_with_sight_of_later_tokens_is_refused_and_building_such_a_model_is_not():
+    attention = dataclasses.replace(
+        tiny_model().attention, causal=False, pattern=c.Windowed(8, global_fractions=(0.0, 0.5, 1.0))
+    )
+    model = tiny_model(attention=attention)
+    c.validate_model(model)
+    with pytest.raises(c.ConfigError, match="would see the tokens they are to predict"):
+        c.Config(model=model).validate()
+
+
+def test_overrides_reach_the_patterns_of_layers():
+    config = c.Config()
+    c.apply_override(config, "model.attention.pattern", "per_layer")
+    c.apply_override(config, "model.attention.pattern.patterns.1.window", "32")
+    assert config.model.attention.pattern.patterns[1] == c.Windowed(32)
+    assert c.from_json(c.to_json(config)) == config
 
 
 def test_a_value_of_the_wrong_type_set_in_python_is_refused():

@@ -21,25 +21,37 @@ def inputs(seed=0):
 
 
 def route_by_loop(router, logits, bias):
-    """One token at a time, as the paper writes it."""
-    scores = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    """One token at a time, as the papers write it."""
+    logits = np.asarray(logits, np.float64)
+    sigmoid = isinstance(router, c.GroupedSigmoid)
+    scores = 1 / (1 + np.exp(-logits)) if sigmoid else np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     experts, weights = [], []
     for token in scores.reshape(-1, E):
         biased = token + np.asarray(bias, np.float64)
         groups = biased.reshape(router.num_groups, -1)
-        best = np.argsort(-np.sort(groups, axis=1)[:, -2:].sum(axis=1))[: router.top_groups]
+        best = np.argsort(-np.sort(groups, axis=1)[:, -2 if sigmoid else -1 :].sum(axis=1))[: router.top_groups]
         allowed = [e for e in range(E) if e // groups.shape[1] in best]
         chosen = sorted(allowed, key=lambda e: -biased[e])[: router.top_k]
         experts.append(chosen)
-        weights.append(token[chosen] / token[chosen].sum() * router.route_scale)
+        total = token[chosen].sum() if router.normalize_weights else 1
+        weights.append(token[chosen] / total * router.route_scale)
     return np.array(experts).reshape(B, T, -1), np.array(weights).reshape(B, T, -1)
 
 
+ROUTERS = [
+    ROUTER,
+    c.Softmax(top_k=2),
+    c.Softmax(top_k=3, num_groups=4, top_groups=2, normalize_weights=False, route_scale=16.0),
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_router_is_the_loop(seed):
+def test_router_is_the_loop(seed, router):
     logits, bias, mask = inputs(seed)
-    routing = route(ROUTER, logits, bias, mask)
-    experts, weights = route_by_loop(ROUTER, logits, bias)
+    bias = bias if isinstance(router, c.GroupedSigmoid) else jnp.zeros(E)
+    routing = route(router, logits, bias, mask)
+    experts, weights = route_by_loop(router, logits, bias)
     np.testing.assert_array_equal(routing.experts_BTK, experts)
     np.testing.assert_allclose(routing.weights_BTK, weights, rtol=1e-5)
 

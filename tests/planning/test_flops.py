@@ -45,6 +45,31 @@ def test_formula_and_xla_agree_scanned_and_unrolled(projection):
     assert expected <= unrolled < 1.08 * expected
 
 
+@pytest.mark.parametrize("pattern", [c.LearnedGlobal(8, 8, 4), c.Sparse(16, 4, 16)], ids=str)
+def test_learned_parts_of_patterns_are_counted(pattern):
+    full = plain(tiny_model().attention.projection)
+    config = dataclasses.replace(full, attention=dataclasses.replace(full.attention, pattern=pattern))
+    learned = forward_flops(config, T)["learned patterns"]
+    if isinstance(pattern, c.Sparse):  # the oracle scores every key
+        H, N = 4, 16
+        learned += 2 * 4 * H * (N + 1) * (T - (T + 1) / 2)
+        assert forward_flops(config, T)["attention scores and values"] == 2 * 4 * 2 * (16 + 8) * (16 * 49 + 120) / T
+    # What the pattern adds to the program: sparse attention also computes its scores a second time, for the loss.
+    added = compiled_flops(config) - compiled_flops(full)
+    again = 0 if isinstance(pattern, c.LearnedGlobal) else 2 * 4 * 2 * 16 * T
+    assert learned <= added + 1 and added <= 1.08 * (learned + again) + 1
+
+
+@pytest.mark.quick
+def test_layers_with_their_own_patterns_add_up():
+    def keys(pattern):
+        config = tiny_model(attention=c.Attention(pattern=pattern), num_layers=5)
+        return forward_flops(config, T)["attention scores and values"] / 5
+
+    cycle = c.PerLayer((c.Windowed(4), c.Full()))
+    assert keys(cycle) == pytest.approx((3 * keys(c.Windowed(4)) + 2 * keys(c.Full())) / 5)
+
+
 @pytest.mark.quick
 def test_a_loop_counts_its_trips():
     def looped(x, w):

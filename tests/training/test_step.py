@@ -46,6 +46,63 @@ def test_microbatches_add_up_to_the_batch(plain, corpus, microbatches):
     assert_same_step(trainer_for(corpus, microbatches=microbatches), before, batch, after)
 
 
+def with_pattern(corpus, pattern, **train) -> Trainer:
+    config = tiny_config(corpus, batch_size=8, **train)
+    config.model.attention.pattern = pattern
+    return Trainer(config.validate(), make_mesh(config.mesh))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        c.Sparse(6, 2, 8),
+        pytest.param(c.LearnedGlobal(4, 4, 2), marks=pytest.mark.slow),
+        pytest.param(c.PerLayer((c.Windowed(4), c.Full())), marks=pytest.mark.slow),
+    ],
+    ids=lambda pattern: pattern.kind,
+)
+def test_learned_patterns_add_up_over_microbatches_devices_and_remat(pattern, corpus):
+    def gradients(microbatches=1, mesh=None, remat="none"):
+        config = tiny_config(corpus, batch_size=8, microbatches=microbatches)
+        config.model.attention.pattern, config.model.remat = pattern, remat
+        config.mesh = mesh or c.MeshConfig()
+        trainer = Trainer(config.validate(), make_mesh(config.mesh))
+        return trainer.gradients(trainer.init(0), random_batch(config))
+
+    expected = gradients()
+    assert set(expected[1]) == {"lm", "balance"} | ({"indexer"} if isinstance(pattern, c.Sparse) else set())
+    # float32 sums in another order
+    assert_close(gradients(microbatches=2, mesh=c.MeshConfig(data=2, model=2), remat="full"), expected, 5e-5)
+
+
+def test_warming_up_trains_the_indexer_alone_and_its_loss_falls(corpus):
+    trainer = with_pattern(corpus, c.Sparse(6, 2, 8, stage="warmup"), trainable=("indexer",))
+    state, batch = trainer.init(0), random_batch(trainer.config)
+    before, losses = jax.device_get(state), []
+    for _ in range(12):
+        state, metrics = trainer.step(state, batch)
+        losses.append(float(metrics["loss/indexer"]))
+    assert losses[-1] < 0.9 * losses[0]
+    after = jax.device_get(state)
+    for path, old in jax.tree_util.tree_flatten_with_path(before.variables())[0]:
+        new = after.variables()
+        for key in path:
+            new = new[key.key]
+        assert np.any(old != new) == any(key.key == "indexer" for key in path), path
+
+
+def test_the_domain_of_a_token_decides_its_window(corpus):
+    windows = (c.TaskWindow("words", 2),)
+    batch = random_batch(tiny_config(corpus, batch_size=8))
+
+    def loss(pattern):
+        trainer = with_pattern(corpus, pattern)
+        return float(trainer.gradients(trainer.init(0), batch)[1]["lm"])
+
+    assert loss(c.RuntimeWindowed(8, tasks=windows)) == pytest.approx(loss(c.Windowed(2)), rel=1e-6)
+    assert loss(c.RuntimeWindowed(8, tasks=windows)) != pytest.approx(loss(c.Windowed(8)), rel=1e-6)
+
+
 MESHES = {
     "data, fsdp, model": c.MeshConfig(data=2, fsdp=2, model=2),
     "fsdp, expert, model": c.MeshConfig(fsdp=2, expert=2, model=2),
