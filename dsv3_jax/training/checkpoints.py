@@ -21,8 +21,9 @@ class Checkpoints:
     """The checkpoints of one run: `variables` (params and selection bias), `optimizer`, and the data iterator."""
 
     def __init__(self, workdir: pathlib.Path, keep: int):
+        self._folder = (workdir / FOLDER).resolve()
         self._inner = ocp.training.Checkpointer(
-            str((workdir / FOLDER).resolve()),
+            str(self._folder),
             preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(keep)),
             cleanup_tmp_directories=True,
         )
@@ -70,17 +71,19 @@ class Checkpoints:
 
     def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Path -> shape and dtype of the newest params and selection bias, read from its metadata."""
-        metadata = self._inner.checkpointables_metadata(self.latest_step()).metadata["variables"]
+        metadata = ocp.metadata(self._folder / str(self.latest_step()), "variables").metadata
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat(metadata).items()}
 
-    def read_leaf(self, path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        """One of `leaves`, on the host; the others are left on disk."""
-        part = nested({path: np.empty(leaf.shape, leaf.dtype)})
+    def restore_part(self, abstract: Any) -> Any:
+        """Some of the newest params and selection bias: those that are in `abstract`."""
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            loaded = self._inner.load_checkpointables(self.latest_step(), {"variables": part})["variables"]
-        return flat(loaded)[path]
+            return self._inner.load_checkpointables(self.latest_step(), {"variables": abstract})["variables"]
+
+    def read_leaf(self, path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        """One of `leaves`, on the host."""
+        return flat(self.restore_part(nested({path: np.empty(leaf.shape, leaf.dtype)})))[path]
 
     def close(self) -> None:
         """Waits for the last save."""

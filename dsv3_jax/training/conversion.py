@@ -55,7 +55,7 @@ def _special_tokens(directory: pathlib.Path) -> tuple[str, str]:
     return bos or eos, eos
 
 
-def _tokenizer(directory: pathlib.Path, workdir: pathlib.Path) -> tuple[TokenizerFile, str] | None:
+def published_tokenizer(directory: pathlib.Path, workdir: pathlib.Path) -> tuple[TokenizerFile, str] | None:
     """The directory's tokenizer as the run will have it, and its fingerprint; None if there is none that we can use."""
     if not (directory / TOKENIZER).is_file():
         return None
@@ -91,7 +91,7 @@ def from_hf(
     """
     directory, workdir = pathlib.Path(directory), pathlib.Path(workdir)
     opened = open_hf(directory, dtype)
-    tokenizer = _tokenizer(directory, workdir)
+    tokenizer = published_tokenizer(directory, workdir)
     config = _config(opened.config, tokenizer and tokenizer[0])
     folder = begin_conversion(opened, directory, workdir)
     if tokenizer is not None:

@@ -16,8 +16,12 @@ import jax
 from dsv3_jax.config import Config, ConfigError, differences, from_json, to_json
 from dsv3_jax.data.pipeline import Dataset, load_dataset
 from dsv3_jax.evaluation.bits_per_byte import evaluate_rows
+from dsv3_jax.interop.huggingface import flat, is_hf_directory
+from dsv3_jax.interop.weight_folder import has_weights
 from dsv3_jax.sharding import make_mesh
-from dsv3_jax.training.checkpoints import Checkpoints, open_checkpoints, restore_run, run_config
+from dsv3_jax.training.checkpoints import Checkpoints
+from dsv3_jax.training.conversion import published_tokenizer
+from dsv3_jax.training.sources import Source, check_fit, open_source, take
 from dsv3_jax.training.step import Trainer, TrainState
 
 
@@ -97,11 +101,14 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
 
 
 def check_data(workdir: pathlib.Path, dataset: Dataset, *names: str) -> None:
-    """Raises `ConfigError` if the run's tokenizer or documents are not those of `dataset`: same config, other text."""
+    """Raises `ConfigError` if the run's tokenizer or documents are not those of `dataset`: same config, other text.
+
+    A run that was converted names no documents.
+    """
     path = workdir / "data.json"
     stored = json.loads(path.read_text()) if path.is_file() else dataset.fingerprints
     for name in names:
-        if stored[name] != dataset.fingerprints[name]:
+        if stored.get(name, dataset.fingerprints[name]) != dataset.fingerprints[name]:
             raise ConfigError(
                 f"{workdir}: was trained with another {name} (the text of config.data has changed); use the "
                 "run's own text, or another workdir"
@@ -214,24 +221,29 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def _check_source(init_from: str, config: Config, dataset: Dataset) -> None:
-    """Raises `ConfigError` unless `init_from` is a run of the same model and tokenizer, with a checkpoint."""
-    if run_config(init_from).model != config.model:
-        raise ConfigError(f"--init_from={init_from}: its config.model differs from this run's; the weights do not fit")
+def _check_source(init_from: str, config: Config, trainer: Trainer, dataset: Dataset) -> Source:
+    """Opens what a new run starts from. Raises `ConfigError` unless its model and its tokenizer, if known, fit."""
+    source = open_source(init_from)
+    check_fit(source, config.model, flat(trainer.abstract_state().variables()))
+    if is_hf_directory(init_from):
+        published = published_tokenizer(pathlib.Path(init_from), pathlib.Path(init_from))
+        if published is not None and published[1] != dataset.fingerprints["tokenizer"]:
+            raise ConfigError(
+                f"--init_from={init_from}: config.data.tokenizer is not its tokenizer; use {published[0]}"
+            )
     check_data(pathlib.Path(init_from), dataset, "tokenizer")
-    open_checkpoints(init_from).close()
+    return source
 
 
-def _start(trainer: Trainer, checkpoints: Checkpoints, iterator: Any, seed: int, init_from: str | None) -> TrainState:
-    """The newest checkpoint, or a fresh state, with the weights of another run if asked."""
+def _start(trainer: Trainer, checkpoints: Checkpoints, iterator: Any, seed: int, source: Source | None) -> TrainState:
+    """The newest checkpoint, or a fresh state, with the weights of another model if asked."""
     if checkpoints.latest_step() is not None:
         return checkpoints.restore(trainer, iterator)
     state = trainer.init(seed)
-    if init_from is not None:
-        variables, step = restore_run(init_from, trainer)
-        print(f"starting from step {step} of {init_from}", flush=True)
-        state = dataclasses.replace(state, params=variables["params"], selection_bias=variables["selection_bias"])
-    return state
+    if source is None:
+        return state
+    variables = take(source, state.variables(), trainer.abstract_state().variables())
+    return dataclasses.replace(state, params=variables["params"], selection_bias=variables["selection_bias"])
 
 
 def train(
@@ -246,7 +258,8 @@ def train(
     Leaves `config.json`, `metrics.jsonl`, `checkpoints/` and TensorBoard files. A resumed run continues bit for bit.
 
     Args:
-      init_from: the workdir of another run of the same model, whose weights a new run starts from.
+      init_from: what a new run takes its weights from: the workdir of another run, converted weights, or a Hugging
+        Face directory, of the same model up to `sources.FREE`.
       trainer, dataset: reused if given, to compile and load once for several runs of one config.
 
     Raises:
@@ -257,13 +270,14 @@ def train(
     with StopSignal() as stop:
         trainer = trainer or Trainer(config, make_mesh(config.mesh))
         dataset = dataset or load_dataset(config.data, config.model.vocab_size)
-        if init_from is not None:
-            _check_source(init_from, config, dataset)
+        if has_weights(workdir):
+            raise ConfigError(f"--workdir={workdir}: holds converted weights; use another folder, and --init_from this")
+        source = None if init_from is None else _check_source(init_from, config, trainer, dataset)
         claim_workdir(config, workdir, dataset)
         checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
         try:
             iterator = dataset.iterator(config.train.batch_size)
-            state = _start(trainer, checkpoints, iterator, config.train.seed, init_from)
+            state = _start(trainer, checkpoints, iterator, config.train.seed, source)
             step, last = int(state.step), config.train.num_steps
             if step >= last:
                 print(f"{workdir}: already at step {step} of {last}; nothing to do (to go on, raise train.num_steps)")
