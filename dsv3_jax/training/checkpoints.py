@@ -71,7 +71,7 @@ class Checkpoints:
 
     def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Path -> shape and dtype of the newest params and selection bias, read from its metadata."""
-        metadata = ocp.metadata(self._folder / str(self.latest_step()), "variables").metadata
+        metadata = ocp.metadata(str(self._folder / str(self.latest_step())), "variables").metadata
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat(metadata).items()}
 
     def restore_part(self, abstract: Any) -> Any:
