@@ -80,13 +80,18 @@ class Generator:
         """The most tokens that each prompt can get: `max_new_tokens`, or what the context has left.
 
         Raises:
-          ConfigError: an empty prompt, or one that leaves no room in the context.
+          ConfigError: an empty prompt, one that leaves no room in the context, or ids that the model has not.
         """
         lengths = [len(prompt) for prompt in prompts]
         if max_new_tokens < 1:
             raise ConfigError(f"--max_new_tokens={max_new_tokens}: must be at least 1")
         if not lengths or min(lengths) < 1:
             raise ConfigError("--prompt: is empty, and this model's tokenizer adds no begin token; give some text")
+        largest = max(int(np.max(prompt)) for prompt in prompts)
+        if largest >= self.config.vocab_size:
+            raise ConfigError(
+                f"--prompt: has token {largest}, and the model knows {self.config.vocab_size}; its tokenizer is another"
+            )
         if self.max_length is None:
             return [max_new_tokens] * len(lengths)
         if max(lengths) >= self.max_length:
@@ -134,7 +139,7 @@ class Generator:
           steps_a_call: 1 gives each token as it is made; more is faster. At most 32.
 
         Raises:
-          ConfigError: an empty prompt, or one that leaves no room in the context.
+          ConfigError: as `room`.
         """
         budgets = self.room(prompts, max_new_tokens)
         lengths = [len(prompt) for prompt in prompts]

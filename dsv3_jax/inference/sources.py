@@ -54,13 +54,15 @@ def tokenizer_of_run(workdir: pathlib.Path) -> Tokenizer:
     Raises:
       ConfigError: neither is the tokenizer that the run names in `data.json`.
     """
-    run, path = run_config(workdir), workdir / "tokenizer.json"
+    run, path, data = run_config(workdir), workdir / "tokenizer.json", workdir / "data.json"
     if not path.is_file():
+        if not data.is_file():
+            raise ConfigError(f"--workdir={workdir}: has no tokenizer.json; put the model's own there")
         dataset = load_dataset(run.data, run.model.vocab_size)
         check_data(workdir, dataset, "tokenizer")
         return dataset.tokenizer
     tokenizer = run_tokenizer(run.data.tokenizer, path)
-    stored = json.loads((workdir / "data.json").read_text())["tokenizer"]
-    if tokenizer.fingerprint != stored:
+    stored = json.loads(data.read_text()) if data.is_file() else {}
+    if stored.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise ConfigError(f"{path}: is not the tokenizer that this run was trained with; delete it to make it again")
     return tokenizer

@@ -112,6 +112,8 @@ def test_the_context_is_never_overrun():
     assert [len(row) for row in rows] == [3, 18]
     with pytest.raises(c.ConfigError, match="has 20 tokens, and the context holds 20"):
         generator.stream([[5] * 20], max_new_tokens=1)
+    with pytest.raises(c.ConfigError, match="has token 320, and the model knows 320"):
+        generator.stream([[5], [6, 320]], max_new_tokens=1)
     with pytest.raises(c.ConfigError, match="is empty"):
         generator.stream([[5], []], max_new_tokens=1)
     with pytest.raises(c.ConfigError, match="--max_new_tokens=0"):
