@@ -19,8 +19,9 @@ from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from dsv3_jax.command_line import run
+from experiments.suites import Case
 
-SUITES = ("train_step",)
+SUITES = ("train_step", "decode")
 SUITE = flags.DEFINE_enum("suite", None, SUITES, "What to time.", required=True)
 CONFIG = flags.DEFINE_string("config", None, "A config file instead of the suite's own.")
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Timed rounds; each contender runs once a round.", lower_bound=3)
@@ -41,6 +42,26 @@ def alternate(contenders: dict, warmup: int, rounds: int) -> dict[str, list[floa
     return seconds
 
 
+def time_case(case: Case, unit: str) -> list[dict]:
+    """One row a contender."""
+    seconds = alternate(case.contenders, WARMUP.value, ROUNDS.value)
+    ours, rows = next(iter(case.contenders)), []
+    for name, times in seconds.items():
+        median, spread = statistics.median(times), statistics.quantiles(times, n=4)
+        ratio = statistics.median(theirs / mine for theirs, mine in zip(times, seconds[ours], strict=True))
+        rows.append(
+            {
+                "case": case.name,
+                "name": name,
+                unit: case.work / median,
+                "seconds": median,
+                "quartiles": [spread[0], spread[2]],
+                "ours_over_this": ratio,
+            }
+        )
+    return rows
+
+
 def environment() -> dict[str, str]:
     """Date, hardware and versions."""
     import jax
@@ -57,28 +78,15 @@ def environment() -> dict[str, str]:
 def main() -> None:
     """Flags -> suite -> table."""
     suite = importlib.import_module(f"experiments.suites.{SUITE.value}")
-    work, contenders, notes = suite.contenders(CONFIG.value)
-    seconds = alternate(contenders, WARMUP.value, ROUNDS.value)
-    ours = next(iter(contenders))
-    rows = []
-    for name, times in seconds.items():
-        median, spread = statistics.median(times), statistics.quantiles(times, n=4)
-        ratio = statistics.median(theirs / mine for theirs, mine in zip(times, seconds[ours], strict=True))
-        rows.append(
-            {
-                "name": name,
-                suite.UNIT: work / median,
-                "seconds": median,
-                "quartiles": [spread[0], spread[2]],
-                "ours_over_this": ratio,
-            }
-        )
+    cases, notes = suite.cases(CONFIG.value)
+    rows = [row for case in cases for row in time_case(case, suite.UNIT)]
     print("\n".join([*(f"{k}: {v}" for k, v in environment().items()), *notes]))
-    print(f"\n| contender | {suite.UNIT} | median s | quartiles s | ours is … times as fast |\n|---|---|---|---|---|")
+    print(f"\n| case | contender | {suite.UNIT} | median s | quartiles s | ours is … times as fast |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
         low, high = row["quartiles"]
         print(
-            f"| {row['name']} | {row[suite.UNIT]:,.0f} | {row['seconds']:.3f} | {low:.3f} – {high:.3f} "
+            f"| {row['case']} | {row['name']} | {row[suite.UNIT]:,.0f} | {row['seconds']:.3f} | {low:.3f} – {high:.3f} "
             f"| {row['ours_over_this']:.2f} |"
         )
     if OUTPUT.value:

@@ -40,3 +40,19 @@ def make_train_step(config: Config, threads: int):
         return float(loss)
 
     return step
+
+
+def make_generate(folder: str, threads: int):
+    """(prompts [B, T], new tokens) -> the new tokens [B, new] by greedy `generate`, of the model in `folder`."""
+    torch.set_num_threads(threads)
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # every row runs to its end
+
+    @torch.inference_mode()
+    def generate(prompts: np.ndarray, new_tokens: int) -> np.ndarray:
+        tokens = torch.from_numpy(prompts)
+        mask = torch.ones_like(tokens)
+        out = model.generate(tokens, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, use_cache=True)
+        return out[:, tokens.shape[1] :].numpy()
+
+    return generate

@@ -1,1 +1,12 @@
-"""Benchmark suites: each builds contenders on equal work; `benchmark.py` times them in alternation."""
+"""What `benchmark.py` times: one module a suite, each with UNIT and cases()."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    """Contenders that do the same `work`, in the suite's unit times seconds; ours is the first."""
+
+    name: str
+    work: float
+    contenders: dict[str, Callable[[], object]]

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import numpy as np
 
 from dsv3_jax.config import load
+from experiments.suites import Case
 
 UNIT = "tokens/s"
 DEFAULT_CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "small.py")
 
 
-def contenders(config_path: str | None) -> tuple[int, dict[str, Callable[[], object]], list[str]]:
-    """Tokens a step, step functions by name (ours first), and notes on who is missing or what was equal."""
+def cases(config_path: str | None) -> tuple[list[Case], list[str]]:
+    """One step of each contender, and notes on who is missing or what was equal."""
     import jax
 
     from dsv3_jax.sharding import make_mesh
@@ -31,7 +32,8 @@ def contenders(config_path: str | None) -> tuple[int, dict[str, Callable[[], obj
         tokens = random.integers(0, config.model.vocab_size, (B, T + 1), dtype=np.int32)
         positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
         batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions}
-        state, metrics = trainer.step(state, batch | {"segment_ids": np.ones((B, T), np.int32)})
+        same = {"segment_ids": np.ones((B, T), np.int32), "domain": np.zeros((B, T), np.int32)}
+        state, metrics = trainer.step(state, batch | same)
         return float(metrics["loss"])
 
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -46,4 +48,4 @@ def contenders(config_path: str | None) -> tuple[int, dict[str, Callable[[], obj
         notes.append(f"transformers on PyTorch left out: {error} (make peers installs it)")
     else:
         found["transformers (PyTorch)"] = make_train_step(config, threads)
-    return B * T, found, notes
+    return [Case("train step", B * T, found)], notes

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dsv3_jax.ops.dispatch import swiglu, swiglu_backward
 
 HEADROOM = 1.1  # bucket capacity / mean assignments an expert
+FEW_TOKENS = 8  # up to here reading weights is what costs: buckets that hold every token leave nothing to a loop
 BLOCK = 128  # assignments a trip of the loop
 
 
@@ -39,7 +40,9 @@ class _Layout(NamedTuple):
 def _layout(experts_PK: jax.Array, num_experts: int) -> _Layout:
     expert_N = experts_PK.reshape(-1)
     (N,) = expert_N.shape
-    capacity, block = min(N, max(1, round(HEADROOM * N / num_experts))), min(N, BLOCK)
+    P = len(experts_PK)  # a token's experts are distinct: no expert gets more
+    capacity = P if P <= FEW_TOKENS else min(P, max(1, round(HEADROOM * N / num_experts)))
+    block = min(N, BLOCK)
     order_N = jnp.argsort(expert_N, stable=True)
     sizes_E = jnp.sum(jax.nn.one_hot(expert_N, num_experts, dtype=jnp.int32), axis=0)
     end_E = jnp.cumsum(sizes_E)
