@@ -170,8 +170,7 @@ def _write(architecture: Architecture, config: ModelConfig) -> Json:
 def _flat(config: ModelConfig) -> Json:
     """What a published file must say of a model."""
     unused = ("dense_dim",) if config.num_dense_layers == 0 else ()
-    flat = {k: v for k, v in flatten(config).items() if not k.startswith(FREE + unused)}
-    return {k: float(v) if type(v) is int else v for k, v in flat.items()}
+    return {k: v for k, v in flatten(config).items() if not k.startswith(FREE + unused)}
 
 
 def write_config(config: ModelConfig) -> tuple[Json, Published]:

@@ -152,7 +152,8 @@ def begin_conversion(opened: Opened, directory: str | pathlib.Path, workdir: str
 def fill(folder: WeightFolder, opened: Opened, show: Callable[[int, int], None] = lambda done, total: None) -> None:
     """Copies the tensors that are not in place yet; may be interrupted at any time.
 
-    Beside the process itself it holds one tensor and `HELD_BYTES` of pages.
+    Beside the process itself it holds one tensor, its place, and `HELD_BYTES` of pages: less than twice the largest
+    file, unless one tensor is most of that file.
 
     Args:
       show: called first and now and then with the bytes of the checkpoint that are done, and their total.

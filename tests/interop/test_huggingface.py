@@ -111,6 +111,16 @@ def test_multi_token_prediction_layers_are_kept(name, tmp_path):
     assert_same(loaded, variables)
 
 
+def test_the_model_runs_beside_prediction_layers(tmp_path):
+    config = MODELS["deepseek_v3"]
+    variables = random_variables(config, prediction_layers=1)
+    save_hf(tmp_path, config, variables)
+    config, loaded = load_hf(tmp_path)
+    tokens, apply = jnp.arange(6)[None], jax.jit(Transformer(config).apply)
+    expected = apply({k: v for k, v in variables.items() if k != "mtp"}, tokens).logits_BTV
+    np.testing.assert_array_equal(apply(loaded, tokens).logits_BTV, expected)
+
+
 def test_announced_prediction_layers_may_be_absent_but_not_in_part(tmp_path):
     config = MODELS["deepseek_v3"]
     save_hf(tmp_path, config, random_variables(config, prediction_layers=1))
@@ -303,7 +313,7 @@ def test_what_no_architecture_expresses_is_not_saved(tmp_path):
     refuse(config, "config.model.attention.sinks=True")
     config = models()["mixtral"]
     config.attention.pattern = c.Windowed(8, stride=4)
-    refuse(config, "config.model.attention.pattern.stride=4")
+    refuse(config, "config.model.attention.pattern.stride=4: the nearest")
     refuse(latent(SIGMOID, dataclasses.replace(SPARSE, stage="warmup")), "stage")
     refuse(latent(c.Softmax(normalize_weights=True)), "config.model.moe.router.normalize_weights=True")
     refuse(latent(SIGMOID), "selection_bias/moe_layers/moe/bias has shape None", selection_bias={})

@@ -26,6 +26,7 @@ from dsv3_jax.training.conversion import from_hf, to_hf
 from dsv3_jax.training.loop import train
 from dsv3_jax.training.step import Trainer
 from tests.conftest import ROOT, tiny_config
+from tests.interop.test_huggingface import save_float8
 from tests.interop.tiny import SIGMOID, latent, random_variables
 
 
@@ -67,6 +68,12 @@ def test_there_and_back(published, tmp_path):
     to_hf(tmp_path / "run", tmp_path / "back", 30_000, lambda done, total: seen.append((done, total)))
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 4 and seen[-1][0] == seen[-1][1]
     assert_same(stored(tmp_path / "back"), stored(published))
+
+
+def test_float8_weights_are_dequantized_on_the_way(tmp_path):
+    save_float8(tmp_path / "hf", model(), (16, 12))
+    from_hf(tmp_path / "hf", tmp_path / "run")
+    assert_same(dsv3_jax.restore(tmp_path / "run")[1], load_hf(tmp_path / "hf")[1])
 
 
 def test_a_run_on_a_mesh_takes_its_parts(published, tmp_path):
@@ -163,7 +170,7 @@ LARGE = {"num_layers": 7, "num_dense_layers": 1, "dense_dim": 4096}
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A checkpoint of about 400 MB in files of 40 MB."""
+    """A checkpoint of 730 MB in files of 40 MB."""
     directory = tmp_path_factory.mktemp("large") / "hf"
     config = model(**LARGE)
     config.dim, config.moe.expert_dim, config.moe.num_experts, config.vocab_size = 1024, 512, 16, 4096
