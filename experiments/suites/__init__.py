@@ -9,4 +9,4 @@ class Case(NamedTuple):
 
     name: str
     work: float
-    contenders: dict[str, Callable[[], object]]
+    contenders: dict[str, Callable[..., object]]

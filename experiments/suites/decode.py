@@ -3,6 +3,7 @@
 import os
 import pathlib
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def cases(config_path: str | None) -> tuple[list[Case], list[str]]:
         def ours(prompts=prompts):
             return generator.generate(list(prompts), max_new_tokens=NEW_TOKENS)
 
-        contenders = {"dsv3_jax": ours}
+        contenders: dict[str, Callable[..., object]] = {"dsv3_jax": ours}
         if peer is not None:
             contenders["transformers (PyTorch)"] = lambda prompts=prompts: peer(prompts, NEW_TOKENS)
             agreed = np.mean(np.asarray(ours()) == np.asarray(contenders["transformers (PyTorch)"]()))

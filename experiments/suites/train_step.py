@@ -41,7 +41,7 @@ def cases(config_path: str | None) -> tuple[list[Case], list[str]]:
         f"{parameters / 1e6:.1f}M parameters, batch {B} x {T} random tokens, {config.model.compute_dtype}, AdamW, "
         f"clip {config.train.optimizer.clip_norm}, {threads} threads each"
     ]
-    found: dict[str, Callable[[], object]] = {"dsv3_jax": ours}
+    found: dict[str, Callable[..., object]] = {"dsv3_jax": ours}
     try:
         from experiments.peers.torch_deepseek import make_train_step
     except ImportError as error:
