@@ -1,13 +1,22 @@
-"""Hugging Face transformers' DeepseekV3ForCausalLM on PyTorch, built from our config. Needs `make peers`."""
+"""Hugging Face transformers' DeepseekV3ForCausalLM on PyTorch, built from our config. Needs `make peers`.
+
+Runs where ours does: on the GPU if jax has one and PyTorch too.
+"""
 
 import dataclasses
 
+import jax
 import numpy as np
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.interop.config_json import write_config
+
+
+def device() -> str:
+    """PyTorch's name for the platform that jax runs on."""
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
 def make_model(config: Config) -> DeepseekV3ForCausalLM:
@@ -22,7 +31,7 @@ def make_train_step(config: Config, threads: int):
     """A function that takes one AdamW step on the next random batch and returns the loss."""
     torch.set_num_threads(threads)
     torch.manual_seed(config.train.seed)
-    model = make_model(config).float().train()
+    model = make_model(config).float().train().to(device())
     adamw = config.train.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(adamw.beta1, adamw.beta2), weight_decay=adamw.weight_decay
@@ -31,7 +40,7 @@ def make_train_step(config: Config, threads: int):
     shape = (config.train.batch_size, config.data.sequence_length)
 
     def step() -> float:
-        tokens = torch.from_numpy(random.integers(0, config.model.vocab_size, shape))
+        tokens = torch.from_numpy(random.integers(0, config.model.vocab_size, shape)).to(device())
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), adamw.clip_norm)
@@ -45,14 +54,14 @@ def make_train_step(config: Config, threads: int):
 def make_generate(folder: str, threads: int):
     """(prompts [B, T], new tokens) -> the new tokens [B, new] by greedy `generate`, of the model in `folder`."""
     torch.set_num_threads(threads)
-    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device())
     model.generation_config.eos_token_id = None  # every row runs to its end
 
     @torch.inference_mode()
     def generate(prompts: np.ndarray, new_tokens: int) -> np.ndarray:
-        tokens = torch.from_numpy(prompts)
+        tokens = torch.from_numpy(prompts).to(device())
         mask = torch.ones_like(tokens)
         out = model.generate(tokens, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, use_cache=True)
-        return out[:, tokens.shape[1] :].numpy()
+        return out[:, tokens.shape[1] :].cpu().numpy()
 
     return generate
