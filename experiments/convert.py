@@ -5,7 +5,8 @@ Example:
   .venv/bin/python experiments/convert.py --workdir=/tmp/tiny --to_hf=/tmp/tiny_hf
 
 Tensors stream one by one: memory stays below twice the largest file. An interrupted --from_hf goes on with the same
-command. The folder works with generate.py, evaluate.py and train.py --init_from.
+command. The folder works with evaluate.py and train.py --init_from, and with generate.py as the checkpoint itself does:
+its tokenizer comes along, both ways.
 """
 
 import sys

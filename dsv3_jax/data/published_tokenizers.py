@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 from dsv3_jax.config import ConfigError, DeepSeekTokenizer
@@ -9,6 +10,9 @@ from dsv3_jax.data.gguf_tokenizer import gguf_tokenizer
 from dsv3_jax.data.tokenizers import Tokenizer, make_tokenizer, read_tokenizer_json
 
 NAMES = ("deepseek",)
+TOKENIZER = "tokenizer.json"
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+MODEL = "config.json"  # may name begin and end tokens too
 
 
 def open_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
@@ -31,7 +35,15 @@ def open_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
         )
     if path.suffix == ".gguf":
         return gguf_tokenizer(path)
-    return _from_json(path / "tokenizer.json" if path.is_dir() else path)
+    return _from_json(path / TOKENIZER if path.is_dir() else path)
+
+
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path, model: bool = False) -> None:
+    """Copies the files that `open_tokenizer` reads, those that are there, into a folder; config.json if `model`."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (TOKENIZER, *SETTINGS, *([MODEL] if model else [])):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _from_json(path: pathlib.Path) -> Tokenizer:
@@ -40,7 +52,7 @@ def _from_json(path: pathlib.Path) -> Tokenizer:
     special = {name: _content(value) for name, value in settings.items() if name.endswith("_token")}
     special = {name: token for name, token in special.items() if token is not None}
     stop_ids: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
+    for name in (MODEL, "generation_config.json"):
         ids = _object(path.parent / name)
         eos_ids = ids.get("eos_token_id")
         stop_ids |= set(eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids])

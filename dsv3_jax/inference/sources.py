@@ -10,7 +10,9 @@ from dsv3_jax.data.pipeline import load_dataset
 from dsv3_jax.data.published_tokenizers import open_tokenizer
 from dsv3_jax.data.tokenizers import Tokenizer, run_tokenizer
 from dsv3_jax.interop.gguf import load_gguf
+from dsv3_jax.interop.weight_folder import has_weights
 from dsv3_jax.training.checkpoints import restore, run_config
+from dsv3_jax.training.conversion import TOKENIZER_FOLDER
 from dsv3_jax.training.loop import check_data
 
 
@@ -24,8 +26,11 @@ class Source(NamedTuple):
 
 
 def open_run(workdir: str | pathlib.Path) -> Source:
-    """A trained run. Raises `ConfigError` if there is none, or its tokenizer is lost."""
+    """A trained run, or a converted checkpoint, which is as it was published. Raises `ConfigError` if there is none, or
+    its tokenizer is lost."""
     run = run_config(workdir)
+    if has_weights(workdir):
+        return _published(*restore(workdir), open_tokenizer(pathlib.Path(workdir) / TOKENIZER_FOLDER))
     tokenizer = tokenizer_of_run(pathlib.Path(workdir))
     config, variables = restore(workdir)
     return Source(config, variables, tokenizer, run.data.sequence_length)

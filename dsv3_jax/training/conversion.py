@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,13 +19,14 @@ from dsv3_jax.config import (
     TrainConfig,
     to_json,
 )
-from dsv3_jax.data.tokenizers import run_tokenizer
+from dsv3_jax.data.published_tokenizers import MODEL, TOKENIZER, copy_tokenizer, open_tokenizer
+from dsv3_jax.data.tokenizers import Tokenizer, run_tokenizer
 from dsv3_jax.interop.huggingface import SHARD_BYTES, Plan, check_target, open_hf, plan_hf, write_hf
 from dsv3_jax.interop.tensors import BIAS
 from dsv3_jax.interop.weight_folder import HELD_BYTES, WeightFolder, begin_conversion, fill, has_weights, open_weights
 from dsv3_jax.training.checkpoints import Checkpoints, open_checkpoints, run_config
 
-TOKENIZER, DATA = "tokenizer.json", "data.json"
+TOKENIZER_FOLDER, DATA = "tokenizer", "data.json"
 SEQUENCE_LENGTH = 4096  # of a run that nobody has configured, at most
 Show = Callable[[int, int], None]
 
@@ -35,36 +35,21 @@ def _silent(done: int, total: int) -> None:
     del done, total
 
 
-def _special_tokens(directory: pathlib.Path) -> tuple[str, str]:
-    """Begin and end of a document; a tokenizer without a begin has its end twice."""
-
-    def read(name: str) -> dict[str, Any]:
-        path = directory / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-    named = read("special_tokens_map.json") | read("tokenizer_config.json")
-    contents = {token["id"]: token["content"] for token in read(TOKENIZER).get("added_tokens", [])}
-    found = []
-    for name in ("bos_token", "eos_token"):
-        token, token_id = named.get(name), read("config.json").get(f"{name}_id")
-        token = token["content"] if isinstance(token, dict) else token
-        found.append(token or contents.get(token_id if isinstance(token_id, int) else None))
-    bos, eos = found
-    if eos is None:
-        raise ConfigError(f"{directory}: its tokenizer names no token that ends a text")
-    return bos or eos, eos
-
-
-def published_tokenizer(directory: pathlib.Path, workdir: pathlib.Path) -> tuple[TokenizerFile, str] | None:
-    """The directory's tokenizer as the run will have it, and its fingerprint; None if there is none that we can use."""
+def published_tokenizer(directory: pathlib.Path, folder: pathlib.Path) -> tuple[TokenizerFile, str] | None:
+    """The directory's tokenizer as a run has it that finds it in `folder`, and its fingerprint; None if there is none
+    to train with. One without a begin token has its end twice."""
     if not (directory / TOKENIZER).is_file():
         return None
     try:
-        config = TokenizerFile(str((workdir / TOKENIZER).resolve()), *_special_tokens(directory))
-        return config, run_tokenizer(config, directory / TOKENIZER).fingerprint
+        tokenizer = open_tokenizer(directory)
+        eos = tokenizer.special_tokens.get("eos_token")
+        if eos is None:
+            raise ConfigError(f"{directory}: its tokenizer names no token that ends a text")
     except ConfigError as error:
-        print(f"the tokenizer is left out: {error}", flush=True)
+        print(f"a run cannot use the tokenizer: {error}", flush=True)
         return None
+    bos = tokenizer.special_tokens.get("bos_token", eos)
+    return TokenizerFile(str((folder / TOKENIZER).resolve()), bos, eos), tokenizer.fingerprint
 
 
 def _config(model: ModelConfig, tokenizer: TokenizerFile | None) -> Config:
@@ -80,7 +65,8 @@ def from_hf(
 ) -> Config:
     """Converts a published checkpoint into a run's folder, or goes on with what was interrupted.
 
-    Leaves `weights/` (see `interop.weight_folder`), `config.json`, and the tokenizer if there is one that we can use.
+    Leaves `weights/` (see `interop.weight_folder`), `config.json`, and `tokenizer/`: its files as they were published,
+    so that the same prompt is the same ids.
 
     Args:
       dtype: see `load_hf`.
@@ -91,11 +77,12 @@ def from_hf(
     """
     directory, workdir = pathlib.Path(directory), pathlib.Path(workdir)
     opened = open_hf(directory, dtype)
-    tokenizer = published_tokenizer(directory, workdir)
+    tokenizer = published_tokenizer(directory, workdir / TOKENIZER_FOLDER)
     config = _config(opened.config, tokenizer and tokenizer[0])
     folder = begin_conversion(opened, directory, workdir)
+    if (directory / TOKENIZER).is_file():
+        copy_tokenizer(directory, workdir / TOKENIZER_FOLDER, model=True)
     if tokenizer is not None:
-        shutil.copyfile(directory / TOKENIZER, workdir / TOKENIZER)
         (workdir / DATA).write_text(json.dumps({"tokenizer": tokenizer[1]}))
     temporary = workdir / "config.json.part"
     temporary.write_text(to_json(config))
@@ -118,21 +105,38 @@ def to_hf(
     Raises:
       ConfigError: see `save_hf`; or there is nothing to convert.
     """
-    config, directory = run_config(workdir).model, check_target(directory)
+    workdir, directory = pathlib.Path(workdir), check_target(directory)
+    run = run_config(workdir)
     if has_weights(workdir):
         folder = open_weights(workdir)
-        plan = plan_hf(config, folder.open("r"), max_shard_bytes)
+        plan = plan_hf(run.model, folder.open("r"), max_shard_bytes)
+        plan.config_json.update(_token_ids(workdir / TOKENIZER_FOLDER / MODEL))
         write_hf(directory, plan, _shown(_mapped(folder, plan, max_shard_bytes), plan.nbytes, show))
     else:
         checkpoints = open_checkpoints(workdir)
         leaves: dict[str, Any] = checkpoints.leaves()
         if BIAS in leaves:
             leaves[BIAS] = checkpoints.read_leaf(BIAS, leaves[BIAS])
-        plan = plan_hf(config, leaves, max_shard_bytes, by_leaf=True)
+        plan = plan_hf(run.model, leaves, max_shard_bytes, by_leaf=True)
         write_hf(directory, plan, _shown(_restored(checkpoints, plan, leaves), plan.nbytes, show))
         checkpoints.close()
-    if (pathlib.Path(workdir) / TOKENIZER).is_file():
-        shutil.copyfile(pathlib.Path(workdir) / TOKENIZER, directory / TOKENIZER)
+    copy_tokenizer(workdir / TOKENIZER_FOLDER, directory)
+    if (workdir / TOKENIZER).is_file():
+        _write_tokenizer(run_tokenizer(run.data.tokenizer, workdir / TOKENIZER), directory)
+
+
+def _token_ids(path: pathlib.Path) -> dict[str, Any]:
+    """What a published config.json says of the tokenizer."""
+    given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: value for name, value in given.items() if name.endswith("_token_id")}
+
+
+def _write_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
+    """The tokenizer of a trained run, as published ones are."""
+    class_name = {"tokenizer_class": "PreTrainedTokenizerFast"}  # transformers: take tokenizer.json as it is
+    settings = tokenizer.special_tokens | {"add_bos_token": tokenizer.add_bos} | class_name
+    (directory / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def _mapped(folder: WeightFolder, plan: Plan, max_shard_bytes: int) -> Iterator[np.ndarray]:

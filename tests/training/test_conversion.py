@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 import dsv3_jax
 from dsv3_jax import config as c
-from dsv3_jax.data.tokenizers import train_bpe
+from dsv3_jax.data.published_tokenizers import open_tokenizer
+from dsv3_jax.data.tokenizers import make_tokenizer, train_bpe
 from dsv3_jax.inference.sources import tokenizer_of_run
 from dsv3_jax.interop.config_json import write_config
 from dsv3_jax.interop.huggingface import flat, load_hf, save_hf
@@ -146,11 +147,15 @@ def test_the_tokenizer_comes_along(published, corpus, tmp_path):
     given = json.loads((published / "config.json").read_text()) | {"bos_token_id": 1}
     (published / "config.json").write_text(json.dumps(given))
     config = from_hf(published, tmp_path / "run")
-    assert config.data.tokenizer == c.TokenizerFile(str(tmp_path / "run" / "tokenizer.json"), "<|bos|>", "<|eos|>")
+    path = tmp_path / "run" / "tokenizer" / "tokenizer.json"
+    assert config.data.tokenizer == c.TokenizerFile(str(path), "<|bos|>", "<|eos|>")
     assert config.data.sequence_length == 64  # the model's context
-    assert tokenizer_of_run(tmp_path / "run").bos_id == 1
+    named = json.loads((tmp_path / "run" / "data.json").read_text())["tokenizer"]
+    assert named == make_tokenizer(config.data.tokenizer, {}).fingerprint
     to_hf(tmp_path / "run", tmp_path / "back")
-    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (published / "tokenizer.json").read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (published / name).read_bytes()
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["bos_token_id"] == 1
 
 
 @pytest.mark.slow
@@ -162,7 +167,9 @@ def test_a_trained_run_becomes_a_checkpoint(corpus, tmp_path):
     loaded_config, loaded = load_hf(tmp_path / "hf")
     assert loaded_config.attention == config.model.attention
     assert_same(loaded, jax.device_get(result.state.variables()))
-    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    ours, theirs = tokenizer_of_run(tmp_path / "run"), open_tokenizer(tmp_path / "hf")
+    np.testing.assert_array_equal(theirs.encode_prompt("the cat"), ours.encode_prompt("the cat"))
+    assert theirs.add_bos and theirs.stop_ids == ours.stop_ids and theirs.special_tokens == ours.special_tokens
 
 
 LARGE = {"num_layers": 7, "num_dense_layers": 1, "dense_dim": 4096}
