@@ -15,7 +15,7 @@ from dsv3_jax.interop.huggingface import save_hf
 from dsv3_jax.training.loop import train
 from tests.conftest import make_text, tiny_config
 from tests.experiments.test_scripts import script
-from tests.interop import test_gguf as gguf_files
+from tests.interop import gguf_files
 from tests.interop.tiny import models, random_variables
 
 
