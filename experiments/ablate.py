@@ -35,7 +35,11 @@ def main() -> None:
     command = f".venv/bin/python experiments/ablate.py --table={TABLE.value} --workdir=W{settings}"
     workdir = pathlib.Path(WORKDIR.value)
     if isinstance(ablation, PretrainedAblation):
-        cells = pretrained.run_pretrained(ablation, workdir)
+        try:
+            cells = pretrained.run_pretrained(ablation, workdir)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on after the last finished cell")
+            return
         print(pretrained_report.write_report(ablation, cells, workdir, TABLE.value, command))
         return
     try:

@@ -1,8 +1,10 @@
 """A published model with its attention replaced, without training: what of its quality is kept, at what cost."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -105,14 +107,36 @@ def _measure(source: Source, variables: Any, row: str, pattern: Pattern, context
     )
 
 
-def _finished(path: pathlib.Path, settings: str) -> list[Cell]:
-    """Cells of an interrupted table. Raises `ConfigError` if they are of another table."""
-    if not path.is_file():
-        return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    if json.loads(lines[0]) != json.loads(settings):
-        raise ConfigError(f"{path}: holds cells of a table with other settings or hardware; use another workdir")
-    return [Cell(**json.loads(line)) for line in lines[1:]]
+def _settings(ablation: PretrainedAblation, source: Source, texts: dict[str, np.ndarray]) -> str:
+    """One line that differs when the numbers could: rows, weights, texts, and where it runs."""
+    weights = hashlib.sha256()
+    for leaf in jax.tree.leaves(source.variables):
+        weights.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    settings = {
+        "rows": {name: to_dict(pattern) for name, pattern in ablation.rows.items()},
+        "contexts": ablation.contexts,
+        "model": to_dict(source.config),
+        "weights": weights.hexdigest(),
+        "texts": {name: hashlib.sha256(rows.tobytes()).hexdigest() for name, rows in texts.items()},
+        "device": jax.devices()[0].device_kind,
+    }
+    return json.dumps(settings, sort_keys=True) + "\n"
+
+
+def _open_journal(path: pathlib.Path, settings: str) -> list[Cell]:
+    """The cells that a table has finished; a last line that was cut short does not count, and is taken out.
+
+    Raises:
+      ConfigError: they are of another table.
+    """
+    text = path.read_text() if path.is_file() else ""
+    first, *lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")] or [settings]
+    if first != settings:
+        raise ConfigError(f"{path}: holds cells of another table, model, text or hardware; use another workdir")
+    temporary = path.with_suffix(".part")
+    temporary.write_text("".join([first, *lines]))
+    os.replace(temporary, path)
+    return [Cell(**json.loads(line)) for line in lines]
 
 
 def run_pretrained(ablation: PretrainedAblation, workdir: str | pathlib.Path) -> list[Cell]:
@@ -126,17 +150,13 @@ def run_pretrained(ablation: PretrainedAblation, workdir: str | pathlib.Path) ->
     longest = max(ablation.contexts)
     if source.max_length is not None and longest > source.max_length:
         raise ConfigError(
-            f"config.contexts={ablation.contexts}: {ablation.model} was made for {source.max_length} tokens"
+            f"config.contexts={ablation.contexts}: {ablation.model} was made for {source.max_length} tokens at most"
         )
     texts = held_out_texts(ablation, source.tokenizer)
     workdir.mkdir(parents=True, exist_ok=True)
-    patterns = {name: to_dict(pattern) for name, pattern in ablation.rows.items()}
-    tables = {"rows": patterns, "model": ablation.model, "tokens": ablation.tokens, "contexts": ablation.contexts}
-    settings = json.dumps(tables | {"device": jax.devices()[0].device_kind})
     path = workdir / "cells.jsonl"
-    cells = _finished(path, settings)
+    cells = _open_journal(path, _settings(ablation, source, texts))
     done = {(cell.row, cell.context) for cell in cells}
-    path.write_text("".join(line + "\n" for line in [settings, *(json.dumps(vars(cell)) for cell in cells)]))
     variables = jax.device_put(source.variables)
     todo = [(name, context) for name in ablation.rows for context in ablation.contexts if (name, context) not in done]
     begin = time.perf_counter()

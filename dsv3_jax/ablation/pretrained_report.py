@@ -24,9 +24,8 @@ def kept(cell: Cell, baseline: Cell, domain: str) -> Kept:
     """Of one domain. The error is that of the mean difference between the two on the same contexts, paired."""
     ours, theirs = np.asarray(cell.nats[domain]), np.asarray(baseline.nats[domain])
     difference = theirs - ours  # nats
-    error = difference.std(ddof=1) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
     share = math.exp(difference.mean())
-    return Kept(math.exp(ours.mean()), share, 2 * share * error if math.isfinite(error) else math.inf)
+    return Kept(math.exp(ours.mean()), share, 2 * share * difference.std(ddof=1) / math.sqrt(len(difference)))
 
 
 def markdown(ablation: PretrainedAblation, cells: list[Cell], command: str) -> str:
@@ -107,7 +106,7 @@ def plot(ablation: PretrainedAblation, cells: list[Cell], path: pathlib.Path) ->
             panel.errorbar(
                 contexts,
                 [100 * value.share for value in values],
-                [100 * value.margin if math.isfinite(value.margin) else 0 for value in values],
+                [100 * value.margin for value in values],
                 color=colours[index % len(colours)],
                 marker="o",
                 markersize=3,

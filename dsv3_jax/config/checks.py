@@ -50,7 +50,20 @@ def _matches(value: Any, annotation: Any) -> bool:
     if typing.get_origin(annotation) is tuple:
         element = typing.get_args(annotation)[0]
         return isinstance(value, tuple) and all(_matches(v, element) for v in value)
+    if typing.get_origin(annotation) is dict:
+        members = union_members(typing.get_args(annotation)[1])
+        return isinstance(value, dict) and all(any(_matches(v, m) for m in members) for v in value.values())
     return isinstance(value, annotation)
+
+
+def _children(value: Any, path: str) -> list[tuple[str, Any]]:
+    """Elements of a tuple or dict with their paths, or the value itself."""
+    match value:
+        case tuple():
+            return [(f"{path}.{index}", child) for index, child in enumerate(value)]
+        case dict():
+            return [(f"{path}[{name!r}]", child) for name, child in value.items()]
+    return [(path, value)]
 
 
 def check_types(node: Any, prefix: str = "") -> None:
@@ -61,6 +74,6 @@ def check_types(node: Any, prefix: str = "") -> None:
         require(
             any(_matches(value, member) for member in members), path, value, f"must be of type {describe(annotation)}"
         )
-        for index, child in enumerate(value if isinstance(value, tuple) else (value,)):
+        for where, child in _children(value, path):
             if dataclasses.is_dataclass(child):
-                check_types(child, f"{path}.{index}." if isinstance(value, tuple) else f"{path}.")
+                check_types(child, f"{where}.")

@@ -10,9 +10,9 @@ import types
 import typing
 from typing import Any
 
-from dsv3_jax.config.checks import ConfigError, describe, field_types, require, union_members
-from dsv3_jax.config.schema import Ablation, Config, PretrainedAblation
-from dsv3_jax.config.validation import validate_pattern
+from dsv3_jax.config.checks import ConfigError, check_types, describe, field_types, require, union_members
+from dsv3_jax.config.schema import Ablation, Config, LearnedGlobal, PretrainedAblation, Sparse
+from dsv3_jax.config.validation import pattern_members, validate_domains, validate_pattern
 
 SCHEMA_VERSION = 1
 
@@ -179,16 +179,28 @@ def load(path: str, overrides: typing.Iterable[tuple[str, str]] = ()) -> Config:
 
 
 def _validate_pretrained(ablation: PretrainedAblation) -> None:
-    names = list(ablation.rows)
-    require(ablation.repeat in names, "repeat", ablation.repeat, f"must be a row: {', '.join(names)}")
-    require(len(ablation.contexts) > 0, "contexts", ablation.contexts, "must hold at least one length")
-    longest = max(ablation.contexts)
-    for length in ablation.contexts:
-        fits = length >= 2 and longest % length == 0
-        require(fits, "contexts", ablation.contexts, f"must be at least 2 and divide the longest, {longest}")
-    require(ablation.tokens >= longest, "tokens", ablation.tokens, f"must be at least the longest context, {longest}")
+    check_types(ablation)
+    names, contexts, tokens = list(ablation.rows), ablation.contexts, ablation.tokens
+    require(ablation.baseline in names, "baseline", ablation.baseline, f"must be a row: {', '.join(names)}")
+    others = [name for name in names if name != ablation.baseline]
+    require(ablation.repeat in others, "repeat", ablation.repeat, f"must be another row: {', '.join(others)}")
+    require(len(contexts) > 0, "contexts", contexts, "must hold at least one length")
+    require(len(set(contexts)) == len(contexts), "contexts", contexts, "must name each length once")
+    longest = max(contexts)
+    fit = all(length >= 2 and longest % length == 0 for length in contexts)
+    require(fit, "contexts", contexts, f"must each be at least 2 and divide the longest, {longest}")
+    require(
+        tokens >= 2 * longest and tokens % longest == 0,
+        "tokens",
+        tokens,
+        f"must be a multiple of the longest context, {longest}, and at least twice that: margins need two texts",
+    )
     for name, pattern in ablation.rows.items():
         validate_pattern(pattern, prefix=f"rows[{name!r}]")
+        for member in pattern_members(pattern):
+            free = not isinstance(member, LearnedGlobal | Sparse)
+            require(free, f"rows[{name!r}]", member.kind, "has weights of its own, and nothing is trained here")
+    validate_domains(ablation.domains, ablation.held_out_fraction, "")
 
 
 def load_ablation(path: str, overrides: typing.Iterable[tuple[str, str]] = ()) -> Ablation | PretrainedAblation:
@@ -200,13 +212,13 @@ def load_ablation(path: str, overrides: typing.Iterable[tuple[str, str]] = ()) -
     if not hasattr(module, "get_ablation"):
         raise ConfigError(f"{path}: defines no get_ablation()")
     ablation = module.get_ablation()
-    if ablation.baseline not in ablation.rows:
-        raise ConfigError(f"{path}: baseline {ablation.baseline!r} is not a row; rows: {', '.join(ablation.rows)}")
     if isinstance(ablation, PretrainedAblation):
         for dotted, text in overrides:
             apply_override(ablation, dotted, text)
         _validate_pretrained(ablation)
         return ablation
+    if ablation.baseline not in ablation.rows:
+        raise ConfigError(f"{path}: baseline {ablation.baseline!r} is not a row; rows: {', '.join(ablation.rows)}")
     for config in ablation.rows.values():
         for dotted, text in overrides:
             apply_override(config, dotted, text)

@@ -10,6 +10,7 @@ from dsv3_jax.config.schema import (
     BpeTokenizer,
     Config,
     DataConfig,
+    Domain,
     GroupedQuery,
     GroupedSigmoid,
     LayerPattern,
@@ -165,12 +166,14 @@ def _validate_scaling(scaling: RopeScaling | None, prefix: str = "model.attentio
         )
 
 
-def _layers_of(pattern: Pattern) -> tuple[LayerPattern, ...]:
+def pattern_members(pattern: Pattern) -> tuple[LayerPattern, ...]:
+    """The patterns of single layers."""
     return pattern.patterns if isinstance(pattern, PerLayer) else (pattern,)
 
 
 def _validate_trainable(config: Config) -> None:
-    warming = any(isinstance(p, Sparse) and p.stage == "warmup" for p in _layers_of(config.model.attention.pattern))
+    members = pattern_members(config.model.attention.pattern)
+    warming = any(isinstance(member, Sparse) and member.stage == "warmup" for member in members)
     require(
         not warming or config.train.trainable == ("indexer",),
         "train.trainable",
@@ -215,7 +218,7 @@ def _validate_model(model: ModelConfig) -> None:
         )
         require(projection.rope_head_dim % 2 == 0, f"{prefix}.rope_head_dim", projection.rope_head_dim, "must be even")
     validate_pattern(attention.pattern, attention.causal)
-    for pattern in _layers_of(attention.pattern):
+    for pattern in pattern_members(attention.pattern):
         require(
             not isinstance(pattern, Sparse) or pattern.index_dim >= rotated,
             "model.attention.pattern.index_dim",
@@ -276,18 +279,24 @@ def _validate_moe(moe: MixtureOfExperts) -> None:
     )
 
 
+def validate_domains(domains: tuple[Domain, ...], held_out_fraction: float, prefix: str) -> None:
+    """Raises `ConfigError` for domains that cannot be told apart or read, or a share that leaves nothing."""
+    name = f"{prefix}domains"
+    require(len(domains) > 0, name, domains, "must hold at least one domain")
+    names = [domain.name for domain in domains]
+    require(len(set(names)) == len(names), name, names, "must have distinct names")
+    for index, domain in enumerate(domains):
+        require(domain.weight >= 0, f"{name}.{index}.weight", domain.weight, "must be at least 0")
+        require("/" not in domain.name, f"{name}.{index}.name", domain.name, "must hold no '/'")
+        path = getattr(domain.corpus, "path", None)
+        require(path != "", f"{name}.{index}.corpus.path", path, "must name a file or folder")
+    require(0 < held_out_fraction < 1, f"{prefix}held_out_fraction", held_out_fraction, "must be between 0 and 1")
+
+
 def _validate_data(data: DataConfig) -> None:
     _require_positive(data, "data", "sequence_length", "max_segments")
-    require(len(data.domains) > 0, "data.domains", data.domains, "must hold at least one domain")
+    validate_domains(data.domains, data.held_out_fraction, "data.")
     require(any(d.weight > 0 for d in data.domains), "data.domains", data.domains, "must hold a weight above 0")
-    names = [domain.name for domain in data.domains]
-    require(len(set(names)) == len(names), "data.domains", names, "must have distinct names")
-    for index, domain in enumerate(data.domains):
-        require(domain.weight >= 0, f"data.domains.{index}.weight", domain.weight, "must be at least 0")
-        require("/" not in domain.name, f"data.domains.{index}.name", domain.name, "must hold no '/'")
-        path = getattr(domain.corpus, "path", None)
-        require(path != "", f"data.domains.{index}.corpus.path", path, "must name a file or folder")
-    require(0 < data.held_out_fraction < 1, "data.held_out_fraction", data.held_out_fraction, "must be between 0 and 1")
     if isinstance(data.tokenizer, BpeTokenizer):
         require(
             data.tokenizer.vocab_size >= 259,
