@@ -113,6 +113,7 @@ def plot(ablation: PretrainedAblation, cells: list[Cell], path: pathlib.Path) ->
                 label=name,
             )
         panel.set(xlabel="context length", title=domain, xscale="log", xticks=contexts, xticklabels=contexts)
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     np.atleast_1d(panels)[0].set_ylabel("perplexity kept (%)")
     figure.legend(*np.atleast_1d(panels)[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)

@@ -19,6 +19,7 @@ from dsv3_jax.data.tokenizers import train_bpe
 from dsv3_jax.interop.gguf import load_gguf
 from dsv3_jax.models.transformer import Transformer
 from tests.conftest import make_text
+from tests.experiments.test_scripts import script
 from tests.interop import gguf_files
 
 CONTEXTS, TOKENS = (8, 16), 48
@@ -282,6 +283,14 @@ def test_patterns_that_cannot_be(pattern, says, tmp_path):
     file.write_text(FILE.format(third=pattern))
     with pytest.raises(c.ConfigError, match=says):
         c.load_ablation(str(file))
+
+
+@pytest.mark.quick
+def test_the_script_refuses_in_one_line_and_leaves_nothing_behind(tmp_path):
+    workdir = tmp_path / "w"
+    result = script("ablate", "--table=pretrained_attention", f"--workdir={workdir}", "--config.tokens=3000")
+    assert result.returncode != 0 and "Traceback" not in result.stderr and not workdir.exists()
+    assert "error: config.tokens=3000: must be a multiple of the longest context, 2048" in result.stderr
 
 
 @pytest.mark.quick
