@@ -25,8 +25,9 @@ from dsv3_jax.planning.flops import forward_flops
 
 @dataclasses.dataclass
 class Cell:
-    """One row at one context length. nats: mean loss of the second half of each context, by domain; the other fields
-    are of the compiled program (temporary memory of one context) and of the run (tokens read a second)."""
+    """One row at one context length. nats: mean loss of the second half of each context, by domain.
+    temporary_bytes: of the compiled forward pass of one context. Speed is not this table's: cells are measured one
+    after another, so a busy machine would look like a slow row."""
 
     row: str
     context: int
@@ -34,7 +35,6 @@ class Cell:
     flops_a_token: float
     cache_bytes: int
     temporary_bytes: int
-    tokens_per_second: float
 
 
 def held_out_texts(ablation: PretrainedAblation, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
@@ -85,15 +85,10 @@ def _measure(source: Source, variables: Any, row: str, pattern: Pattern, context
     shape = jax.ShapeDtypeStruct((1, context + 1), jnp.int32)
     compiled = jax.jit(_loss(config)).lower(variables, shape).compile()
     nats: dict[str, list[float]] = {}
-    some = next(iter(texts.values()))[:1, : context + 1]
-    jax.block_until_ready(compiled(variables, some))
-    begin, tokens = time.perf_counter(), 0
     for domain, rows in texts.items():
         # The last token of a context is the first target of none: contexts tile the text and share their border.
         pieces = [text[at : at + context + 1] for text in rows for at in range(0, len(text) - 1, context)]
         nats[domain] = [float(compiled(variables, piece[None])) for piece in pieces]
-        tokens += context * len(pieces)
-    seconds = time.perf_counter() - begin
     cache = jax.eval_shape(lambda: make_cache(config, 1, context))
     memory = compiled.memory_analysis()
     return Cell(
@@ -103,7 +98,6 @@ def _measure(source: Source, variables: Any, row: str, pattern: Pattern, context
         flops_a_token=sum(forward_flops(config, context).values()),
         cache_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers)),
         temporary_bytes=0 if memory is None else memory.temp_size_in_bytes,
-        tokens_per_second=tokens / seconds,
     )
 
 
@@ -169,7 +163,7 @@ def run_pretrained(ablation: PretrainedAblation, workdir: str | pathlib.Path) ->
         perplexity = math.exp(np.mean([value for values in cell.nats.values() for value in values]))
         print(
             f"{index + 1}/{len(todo)}  {name}, context {context}: perplexity {perplexity:.2f}, "
-            f"{cell.tokens_per_second:,.0f} tokens/s  {int(left // 60)}:{int(left % 60):02d} left",
+            f"{int(left // 60)}:{int(left % 60):02d} left",
             flush=True,
         )
     return cells

@@ -36,7 +36,7 @@ def markdown(ablation: PretrainedAblation, cells: list[Cell], command: str) -> s
     for context in sorted(ablation.contexts, reverse=True):
         baseline = by_place[ablation.baseline, context]
         columns = ["row", *(f"{d}: {what}" for d in domains for what in ("perplexity", "kept"))]
-        columns += ["MFLOP/token", "cache MiB", "temporary MiB (XLA)", "tokens/s"]
+        columns += ["MFLOP/token", "cache MiB", "temporary MiB (XLA)"]
         lines += [f"## Context {context}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for name in ablation.rows:
             cell, entries = by_place[name, context], [name]
@@ -48,7 +48,6 @@ def markdown(ablation: PretrainedAblation, cells: list[Cell], command: str) -> s
                 f"{cell.flops_a_token / 1e6:.0f}",
                 f"{cell.cache_bytes / 2**20:.2f}",
                 f"{cell.temporary_bytes / 2**20:.0f}",
-                f"{cell.tokens_per_second:,.0f}",
             ]
             lines.append("| " + " | ".join(entries) + " |")
         lines.append("")
@@ -67,8 +66,7 @@ def markdown(ablation: PretrainedAblation, cells: list[Cell], command: str) -> s
         "contexts (above 100 %: better than the baseline).",
         f"- The baseline by another program ({ablation.repeat}): what is kept differs by at most {max(gaps):.2%}.",
         "- MFLOP/token: forward, analytic, visible keys only. Cache: keys and values that decoding keeps at this "
-        "length, in the compute dtype. Temporary: of the compiled forward pass of one context. Tokens/s: of this run, "
-        "one context at a time.",
+        "length, in the compute dtype. Temporary: of the compiled forward pass of one context.",
         f"- {environment_line()}",
         f"- Again: `{command}`",
         "",
@@ -80,7 +78,7 @@ def write_csv(cells: list[Cell], path: pathlib.Path) -> None:
     """One line a row, context and domain."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        costs = ["flops_a_token", "cache_bytes", "temporary_bytes", "tokens_per_second"]
+        costs = ["flops_a_token", "cache_bytes", "temporary_bytes"]
         writer.writerow(["row", "context", "domain", "nats", "perplexity", "contexts", *costs])
         for cell in cells:
             for domain, values in cell.nats.items():

@@ -178,13 +178,17 @@ class Llama3Scaling:
 RopeScaling = LinearScaling | Yarn | Llama3Scaling
 
 
+WINDOWED_KERNELS = ("blocked", "reference")
+SPARSE_KERNELS = ("chunked", "reference")
+
+
 @dataclass
 class Attention:
     """Projection, pattern, and what any of them can be combined with.
 
     `causal=False` lets queries see later keys too (encoders). `sinks` gives each head a learned score that takes part
     in the softmax and has no value (gpt-oss). `softcap` bounds scores: c tanh(s / c) (Gemma 2). `implementation` names
-    a kernel of `kernels/windowed_attention`; None picks the fastest that applies.
+    a kernel of `kernels/windowed_attention` or `kernels/sparse_attention`; None picks the fastest that applies.
     """
 
     projection: Projection = field(default_factory=Latent)

@@ -7,6 +7,8 @@ from dsv3_jax.config.checks import check_types, require
 from dsv3_jax.config.schema import (
     DTYPES,
     REMAT_POLICIES,
+    SPARSE_KERNELS,
+    WINDOWED_KERNELS,
     BpeTokenizer,
     Config,
     DataConfig,
@@ -15,6 +17,7 @@ from dsv3_jax.config.schema import (
     GroupedSigmoid,
     LayerPattern,
     LearnedGlobal,
+    Llama3Scaling,
     MixtureOfExperts,
     ModelConfig,
     Pattern,
@@ -41,6 +44,7 @@ def validate(config: Config) -> None:
         "must be true in training: queries that see later keys would see the tokens they are to predict",
     )
     _validate_trainable(config)
+    _validate_tasks(config)
     _validate_data(config.data)
     _validate_train(config.train)
     _validate_mesh(config)
@@ -116,6 +120,14 @@ def validate_pattern(pattern: Pattern, causal: bool = True, prefix: str = "model
             _require_positive(pattern, prefix, "top_k", "index_heads", "index_dim")
             _require_one_of(pattern, prefix, "stage", ("warmup", "sparse"))
             require(pattern.loss_weight >= 0, f"{prefix}.loss_weight", pattern.loss_weight, "must be at least 0")
+            if pattern.stage == "sparse":
+                require(
+                    pattern.top_k >= 2, f"{prefix}.top_k", pattern.top_k, "must be at least 2: one key teaches nothing"
+                )
+            else:
+                require(
+                    pattern.loss_weight > 0, f"{prefix}.loss_weight", 0, "must be positive: warm-up has no other loss"
+                )
         case PerLayer():
             _validate_cycle(pattern, causal, prefix)
 
@@ -157,6 +169,15 @@ def _validate_scaling(scaling: RopeScaling | None, prefix: str = "model.attentio
     if scaling is None:
         return
     require(scaling.factor >= 1, f"{prefix}.factor", scaling.factor, "must be at least 1")
+    if isinstance(scaling, Yarn | Llama3Scaling):
+        _require_positive(scaling, prefix, "original_length")
+    if isinstance(scaling, Llama3Scaling):
+        require(
+            scaling.high_factor > scaling.low_factor > 0,
+            f"{prefix}.high_factor",
+            scaling.high_factor,
+            f"must be above low_factor={scaling.low_factor}, and that above 0",
+        )
     if isinstance(scaling, Yarn):
         require(
             scaling.beta_fast > scaling.beta_slow > 0,
@@ -169,6 +190,18 @@ def _validate_scaling(scaling: RopeScaling | None, prefix: str = "model.attentio
 def pattern_members(pattern: Pattern) -> tuple[LayerPattern, ...]:
     """The patterns of single layers."""
     return pattern.patterns if isinstance(pattern, PerLayer) else (pattern,)
+
+
+def _validate_tasks(config: Config) -> None:
+    names = [domain.name for domain in config.data.domains]
+    for pattern in pattern_members(config.model.attention.pattern):
+        for entry in pattern.tasks if isinstance(pattern, RuntimeWindowed) else ():
+            require(
+                entry.task in names,
+                "model.attention.pattern.tasks",
+                entry.task,
+                f"a task is a domain in training; the domains are {', '.join(names)}",
+            )
 
 
 def _validate_trainable(config: Config) -> None:
@@ -186,6 +219,9 @@ def _validate_model(model: ModelConfig) -> None:
     _require_positive(model, "model", "vocab_size", "dim", "num_layers", "dense_dim")
     _require_one_of(model, "model", "compute_dtype", DTYPES)
     _require_one_of(model, "model", "remat", REMAT_POLICIES)
+    require(model.norm_epsilon > 0, "model.norm_epsilon", model.norm_epsilon, "must be positive")
+    length = model.context_length
+    require(length is None or length >= 1, "model.context_length", length, "must be at least 1, or none")
     require(model.init_std is None or model.init_std > 0, "model.init_std", model.init_std, "must be positive or none")
     require(
         0 <= model.num_dense_layers <= model.num_layers,
@@ -219,6 +255,13 @@ def _validate_model(model: ModelConfig) -> None:
         require(projection.rope_head_dim % 2 == 0, f"{prefix}.rope_head_dim", projection.rope_head_dim, "must be even")
     validate_pattern(attention.pattern, attention.causal)
     for pattern in pattern_members(attention.pattern):
+        kernels = SPARSE_KERNELS if isinstance(pattern, Sparse) else WINDOWED_KERNELS
+        require(
+            attention.implementation in (None, *kernels),
+            "model.attention.implementation",
+            attention.implementation,
+            f"must be none or one of {', '.join(kernels)} with the pattern {pattern.kind}",
+        )
         require(
             not isinstance(pattern, Sparse) or pattern.index_dim >= rotated,
             "model.attention.pattern.index_dim",

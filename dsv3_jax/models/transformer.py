@@ -59,7 +59,8 @@ class Transformer(nn.Module):
           window_BT: for layers whose window is set at run time, the window of each query, at most the pattern's.
           cache: from `make_cache` or from the last call: the tokens go on where each row stands. The first call may
             bring any number of tokens, later ones at most `cache.step` of them.
-          num_tokens_B: with a cache, the real tokens of each row; the rest of the row is padding. Default: all.
+          num_tokens_B: with a cache, the real tokens of each row; the rest of the row is padding. Default: all. A row
+            that grows beyond the cache's `max_length` gives NaN.
           max_segments: the most documents a row holds; matters for patterns with global positions only.
           return_logits: False saves the vocabulary product; `head_weight` and `ops.losses.cross_entropy` go on.
         """
@@ -79,6 +80,9 @@ class Transformer(nn.Module):
             losses = {name: jnp.sum(value) + losses.get(name, 0.0) for name, value in output.losses.items()}
             caches += output.cache or ()
         hidden_BTD = RMSNorm(config.norm_epsilon, name="final_norm")(x_BTD)
+        if cache is not None and packing.cache_step is not None:  # a full cache has lost tokens: never a wrong result
+            full_B11 = (packing.cache_step.length_B > cache.max_length)[:, None, None]
+            hidden_BTD = jnp.where(full_B11, jnp.nan, hidden_BTD).astype(hidden_BTD.dtype)
 
         if not config.tie_embeddings:
             # std 1/D, not 1/sqrt(D): logits start small at every width (arXiv:2203.03466).
@@ -100,6 +104,8 @@ class Transformer(nn.Module):
         self, tokens_BT, positions_BT, segment_ids_BT, window_BT, cache: Cache | None, num_tokens_B, max_segments
     ) -> Packing:
         B, T = tokens_BT.shape
+        if window_BT is not None and task_windows(self.config.attention.pattern, ()) is None:
+            raise ValueError("window_BT was given, and no layer has the pattern runtime_windowed")
         if (positions_BT is None) != (segment_ids_BT is None):
             raise ValueError("give both positions and segment ids, or neither: positions restart in each document")
         if cache is None:
@@ -114,7 +120,7 @@ class Transformer(nn.Module):
         if allowed < T:
             bound = f"max_length={cache.max_length}" if cache.fresh else f"step={cache.step}"
             raise ValueError(f"{T} tokens a row were given to a cache of {bound}; make_cache takes both")
-        new_B = jnp.full((B,), T, jnp.int32) if num_tokens_B is None else num_tokens_B
+        new_B = jnp.full((B,), T, jnp.int32) if num_tokens_B is None else jnp.clip(num_tokens_B, 0, T)
         positions_BT = cache.length_B[:, None] + jnp.arange(T)
         segment_ids_BT = (jnp.arange(T) < new_B[:, None]).astype(jnp.int32)
         step = CacheStep(cache.length_B + new_B, cache.max_length, cache.step, cache.fresh)

@@ -64,12 +64,16 @@ def global_fractions(pattern: LayerPattern) -> tuple[float, ...]:
 
 
 def task_windows(pattern: Pattern, tasks: Sequence[str]) -> np.ndarray | None:
-    """The window of each task by name, int32; None where no layer's window is set at run time."""
-    for member in layer_patterns(pattern):
-        if isinstance(member, RuntimeWindowed):
-            named = {entry.task: entry.window for entry in member.tasks}
-            return np.asarray([named.get(task, member.window) for task in tasks], np.int32)
-    return None
+    """The window of each task by name, int32; None where no layer's window is set at run time.
+
+    A task without a window of its own has the largest of all layers: each layer takes no more than its pattern's.
+    """
+    members = [member for member in layer_patterns(pattern) if isinstance(member, RuntimeWindowed)]
+    if not members:
+        return None
+    named = {entry.task: entry.window for entry in members[0].tasks}  # the same in every layer
+    largest = max(member.window for member in members)
+    return np.asarray([named.get(task, largest) for task in tasks], np.int32)
 
 
 def fraction_position(fraction: float, length: jax.Array) -> jax.Array:

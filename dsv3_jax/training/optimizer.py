@@ -41,8 +41,7 @@ def make_optimizer(
 
     Matrices train at learning_rate · base_dim / dim, embeddings and norms at learning_rate (see `config.AdamW`). The
     decay is decoupled from the width: a matrix decays by rate · weight_decay of the schedule, at every width. Where
-    `trainable` names words, parameters without one of them in their path stay as they are, and their gradients count
-    nowhere.
+    `trainable` names words, parameters without one of them in their path stay as they are.
     """
     width = config.base_dim / dim
 
@@ -53,26 +52,23 @@ def make_optimizer(
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: not is_vector(path), params)
 
-    def chosen(updates, params=None):
-        del params
-        return jax.tree_util.tree_map_with_path(
-            lambda path, u: u if _is_trainable(path, trainable) else jnp.zeros_like(u), updates
-        )
-
-    frozen = [optax.stateless(chosen)] if trainable else []
     return optax.chain(
-        *frozen,
         optax.clip_by_global_norm(config.clip_norm),
         _scale_by_adam(config),
         optax.stateless(scale_matrices),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(make_schedule(schedule, config.learning_rate)),
-        *frozen,
+        optax.stateless(lambda updates, params: keep_trainable(updates, trainable)),
     )
 
 
-def _is_trainable(path: tuple[Any, ...], words: tuple[str, ...]) -> bool:
-    return any(key.key in words for key in path)
+def keep_trainable(updates: Any, words: tuple[str, ...]) -> Any:
+    """Zeros for parameters without one of the words in their path; no words keep all."""
+    if not words:
+        return updates
+    return jax.tree_util.tree_map_with_path(
+        lambda path, u: u if any(key.key in words for key in path) else jnp.zeros_like(u), updates
+    )
 
 
 def _scale_by_adam(config: AdamW) -> optax.GradientTransformation:

@@ -11,13 +11,14 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax import axes
-from dsv3_jax.config import Config, Sparse
+from dsv3_jax.config import Config, ConfigError, Sparse
 from dsv3_jax.evaluation.bits_per_byte import EvalStep, make_eval_step
+from dsv3_jax.layers.moe import BIAS_COLLECTION
 from dsv3_jax.models.transformer import Transformer, summed_loss
 from dsv3_jax.ops.patterns import layer_patterns
 from dsv3_jax.ops.routing import update_selection_bias
 from dsv3_jax.sharding import batch_sharding, constrain, shardings
-from dsv3_jax.training.optimizer import make_optimizer, make_schedule
+from dsv3_jax.training.optimizer import keep_trainable, make_optimizer, make_schedule
 
 Batch = dict[str, jax.Array]
 
@@ -53,6 +54,7 @@ class Trainer:
         self._optimizer = make_optimizer(train.optimizer, train.schedule, config.model.dim, train.trainable)
         self._schedule = make_schedule(config.train.schedule, config.train.optimizer.learning_rate)
         self.state_shapes = jax.eval_shape(self._init, jax.random.key(0))
+        self._check_trainable()
         self.state_shardings = self._state_shardings()
         self._batch_sharding = batch_sharding(mesh)
         replicated = NamedSharding(mesh, PartitionSpec())
@@ -95,6 +97,15 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             gradients, terms, _ = jax.jit(self._gradients)(state.params, state.selection_bias, batch)
         return gradients, terms
+
+    def _check_trainable(self) -> None:
+        """Raises `ConfigError` for a word of `train.trainable` that names no parameter."""
+        paths = jax.tree_util.tree_flatten_with_path(self.state_shapes.params)[0]
+        known = {key.key for path, _ in paths for key in path} | {BIAS_COLLECTION}
+        for word in self.config.train.trainable:
+            if word not in known:
+                words = ", ".join(sorted(known))
+                raise ConfigError(f"config.train.trainable: {word!r} is in no parameter's path; known: {words}")
 
     def _boxed(self):
         tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -198,7 +209,9 @@ class Trainer:
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
         selection_bias = state.selection_bias
         moe = self.config.model.moe
-        frozen = self.config.train.trainable and "selection_bias" not in self.config.train.trainable
+        trainable = self.config.train.trainable
+        gradients = keep_trainable(gradients, trainable)  # before the norm: XLA then drops what makes the others
+        frozen = trainable and BIAS_COLLECTION not in trainable
         if load_LE.shape[0] and moe is not None and not frozen:
             update = functools.partial(update_selection_bias, load_E=load_LE, rate=moe.router.bias_update_rate)
             selection_bias = jax.tree.map(update, selection_bias)

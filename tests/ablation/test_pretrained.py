@@ -114,7 +114,6 @@ def test_the_repeat_agrees_and_a_window_costs_less(finished):
         assert again.flops_a_token == full.flops_a_token > window.flops_a_token > 0
         per_token = 2 * gguf_files.L * gguf_files.G * gguf_files.N * 4  # float32 keys and values
         assert full.cache_bytes == context * per_token > window.cache_bytes > 0
-        assert window.tokens_per_second > 0
 
 
 def test_an_interrupted_table_goes_on_where_it_was(folder, finished, tmp_path, monkeypatch):
