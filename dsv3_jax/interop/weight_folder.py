@@ -61,6 +61,13 @@ class WeightFolder:
         journal = self.path / JOURNAL
         return set(journal.read_text().rpartition("\n")[0].splitlines()) if journal.exists() else set()
 
+    def resume(self) -> set[str]:
+        """`done`; a last line that was cut short is taken away, so that `record` does not write behind it."""
+        journal = self.path / JOURNAL
+        if journal.exists():
+            os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
+        return self.done()
+
     def record(self, names: list[str]) -> None:
         """Adds tensors to the journal; call `release` before."""
         with (self.path / JOURNAL).open("a") as journal:
@@ -89,6 +96,10 @@ def _file(folder: pathlib.Path, path: str) -> pathlib.Path:
     return folder / f"{path.replace('/', '.')}.npy"
 
 
+def _name(leaf: jax.ShapeDtypeStruct | None) -> str:
+    return "nothing" if leaf is None else f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}"
+
+
 def _allocate(path: pathlib.Path, leaf: jax.ShapeDtypeStruct) -> None:
     """A file of zeros. Its space is claimed now: a disk that fills up under a mapping kills the process."""
     dtype = np.dtype(leaf.dtype)
@@ -108,6 +119,13 @@ def _begin(workdir: pathlib.Path, leaves: dict[str, jax.ShapeDtypeStruct], sourc
                 f"--workdir={workdir}: holds weights from {folder.source['directory']} (or its files have changed); "
                 "use another folder"
             )
+        for path in sorted(folder.leaves.keys() | leaves.keys()):
+            theirs, ours = folder.leaves.get(path), leaves.get(path)
+            if theirs != ours:
+                raise ConfigError(
+                    f"--workdir={workdir}: holds {path} as {_name(theirs)}, this conversion makes it {_name(ours)}; "
+                    "give the --dtype of the first time, or use another folder"
+                )
         return folder
     if workdir.exists() and any(p for p in workdir.iterdir() if p.name != FOLDER):
         raise ConfigError(f"--workdir={workdir}: is not empty and holds no converted weights; use another folder")
@@ -143,7 +161,6 @@ def begin_conversion(opened: Opened, directory: str | pathlib.Path, workdir: str
         opened.leaves,
         {
             "directory": str(directory.resolve()),
-            "dtypes": sorted({np.dtype(leaf.dtype).name for leaf in opened.leaves.values()}),
             "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
         },
     )
@@ -158,7 +175,7 @@ def fill(folder: WeightFolder, opened: Opened, show: Callable[[int, int], None] 
     Args:
       show: called first and now and then with the bytes of the checkpoint that are done, and their total.
     """
-    done = folder.done()
+    done = folder.resume() & {tensor.name for tensor in opened.table}
     sizes = {tensor.name: opened.stored[tensor.name].nbytes for tensor in opened.table}
     count, total = sum(sizes[name] for name in done), sum(sizes.values())
     show(count, total)

@@ -66,7 +66,7 @@ def from_hf(
     """Converts a published checkpoint into a run's folder, or goes on with what was interrupted.
 
     Leaves `weights/` (see `interop.weight_folder`), `config.json`, and `tokenizer/`: its files as they were published,
-    so that the same prompt is the same ids.
+    so that the same prompt is the same ids. A `config.json` that is there already stays as it is.
 
     Args:
       dtype: see `load_hf`.
@@ -84,9 +84,15 @@ def from_hf(
         copy_tokenizer(directory, workdir / TOKENIZER_FOLDER, model=True)
     if tokenizer is not None:
         (workdir / DATA).write_text(json.dumps({"tokenizer": tokenizer[1]}))
-    temporary = workdir / "config.json.part"
-    temporary.write_text(to_json(config))
-    os.replace(temporary, workdir / "config.json")
+    if (workdir / MODEL).is_file():
+        config = run_config(workdir)
+        if dtype not in (None, config.model.compute_dtype):
+            given = config.model.compute_dtype
+            raise ConfigError(f"--dtype={dtype}: {workdir}/{MODEL} has compute_dtype={given!r}; change it there")
+    else:
+        temporary = workdir / f"{MODEL}.part"
+        temporary.write_text(to_json(config))
+        os.replace(temporary, workdir / MODEL)
     fill(folder, opened, show)
     return config
 

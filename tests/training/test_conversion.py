@@ -22,7 +22,7 @@ from dsv3_jax.interop.huggingface import flat, load_hf, save_hf
 from dsv3_jax.interop.tensors import leaf_shapes
 from dsv3_jax.interop.weight_folder import WeightFolder
 from dsv3_jax.sharding import make_mesh
-from dsv3_jax.training.checkpoints import restore_run
+from dsv3_jax.training.checkpoints import restore_run, run_config
 from dsv3_jax.training.conversion import from_hf, to_hf
 from dsv3_jax.training.loop import train
 from dsv3_jax.training.step import Trainer
@@ -103,13 +103,23 @@ def test_an_interrupted_conversion_goes_on_where_it_was(published, tmp_path):
     assert 0 < len(done) < len(stored(published)) and not folder.finished
     with pytest.raises(c.ConfigError, match=r"conversion was interrupted; go on with .*convert.py --from_hf="):
         dsv3_jax.restore(tmp_path / "run")
-    with (folder.path / "journal.txt").open("a") as journal:
-        journal.write("model.layers.1.mlp")  # half a line
-
-    first = []
-    from_hf(published, tmp_path / "run", show=lambda done, total: first.append(done))
     sizes = {name: value.nbytes for name, value in stored(published).items()}
-    assert first[0] == sum(sizes[name] for name in done)  # what was done is not done again
+    for _ in range(2):
+        with (folder.path / "journal.txt").open("a") as journal:
+            journal.write("model.layers.1.mlp")  # half a line
+        first = []
+
+        def stop_after_one(done, total, first=first):
+            first.append(done)
+            if len(first) == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            from_hf(published, tmp_path / "run", show=stop_after_one)
+        assert first[0] == sum(sizes[name] for name in done) < first[1]  # what was done is not done again
+        assert done < folder.done() < sizes.keys()
+        done = folder.done()
+    from_hf(published, tmp_path / "run")
     assert_same(dsv3_jax.restore(tmp_path / "run")[1], load_hf(published)[1])
 
 
@@ -119,7 +129,7 @@ def test_folders_of_something_else_are_left_alone(published, tmp_path):
     save_hf(tmp_path / "other", model(), random_variables(model(), seed=1))
     with pytest.raises(c.ConfigError, match=f"holds weights from {published}"):
         from_hf(tmp_path / "other", tmp_path / "run")
-    with pytest.raises(c.ConfigError, match=f"holds weights from {published}"):
+    with pytest.raises(c.ConfigError, match=r"holds .* as bfloat16 .*, this conversion makes it float32"):
         from_hf(published, tmp_path / "run", dtype="float32")
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.npy")}
     (tmp_path / "mine").mkdir()
@@ -130,6 +140,27 @@ def test_folders_of_something_else_are_left_alone(published, tmp_path):
         to_hf(tmp_path / "run", published)
     with pytest.raises(c.ConfigError, match="holds no run"):
         to_hf(tmp_path / "nowhere", tmp_path / "new")
+
+
+def test_a_mixed_checkpoint_is_not_taken_for_one_of_another_dtype(tmp_path):
+    variables = random_variables(model(), dtype="bfloat16")
+    variables["params"]["final_norm"]["scale"] = variables["params"]["final_norm"]["scale"].astype(np.float32)
+    save_hf(tmp_path / "hf", model(), variables)
+    config = from_hf(tmp_path / "hf", tmp_path / "run")
+    with pytest.raises(c.ConfigError, match=r"params/final_norm/scale as float32 \[32\], .* makes it bfloat16"):
+        from_hf(tmp_path / "hf", tmp_path / "run", dtype="bfloat16")
+    assert run_config(tmp_path / "run") == config
+
+
+def test_a_config_that_was_edited_stays(published, tmp_path):
+    config = from_hf(published, tmp_path / "run")
+    config.data.sequence_length = 16
+    (tmp_path / "run" / "config.json").write_text(c.to_json(config))
+    assert from_hf(published, tmp_path / "run") == run_config(tmp_path / "run") == config
+    config.model.compute_dtype = "float32"
+    (tmp_path / "run" / "config.json").write_text(c.to_json(config))
+    with pytest.raises(c.ConfigError, match=r"--dtype=bfloat16: .*config.json has compute_dtype='float32'"):
+        from_hf(published, tmp_path / "run", dtype="bfloat16")
 
 
 def test_a_bad_checkpoint_leaves_nothing_behind(published, tmp_path):
