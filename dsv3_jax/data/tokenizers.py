@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from dsv3_jax.runtime import cache_folder
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 DEEPSEEK_BOS_EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+LATER_BYTE = re.compile("<0x[89AB][0-9A-F]>")
 TRAINING_BYTES = 8_000_000  # a BPE is trained on at most this much of each domain
 
 
@@ -117,6 +120,10 @@ class Tokenizer:
         """Text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def is_later_byte(self, token_id: int) -> bool:
+        """Whether an id is one byte that cannot begin a character: SentencePiece writes it as <0x80> … <0xBF>."""
+        return LATER_BYTE.fullmatch(self._inner.id_to_token(int(token_id)) or "") is not None
+
     def to_json(self) -> str:
         """The text of a `tokenizer.json` for the Hugging Face library."""
         return self._inner.to_str()
@@ -129,32 +136,58 @@ def _known(token_id: int | None, what: str) -> int:
 
 
 class StreamDecoder:
-    """Decodes ids as they come: the texts that `push` and `flush` return add up to the text of all ids.
+    """Decodes ids as they come: the texts that `push` and `flush` return add up to the text of all ids, but for bytes
+    that are no UTF-8. Of those each token becomes U+FFFD.
 
     `context`: ids before the first one, as of the prompt; a tokenizer may write a token otherwise where a text begins.
     """
 
-    CONTEXT = 8  # ids: enough for a character in bytes, and for what a decoder strips at the start
+    CONTEXT = 8  # ids: enough for what a decoder strips at the start
+    LONGEST = 4  # bytes of a character, so the most ids that one is spread over
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._ids = [int(i) for i in context[-self.CONTEXT :]]
-        self._done = tokenizer.decode(self._ids)
+        self._ids: list[int] = []
+        self._done = ""  # of the text of these ids
+        self._held = 0  # ids at the end that are not, or not all, in it
+        self.push(self._window(context))
 
     def push(self, ids: Iterable[int]) -> str:
         """Text that is complete with these ids; a character whose bytes have not all come is held back."""
-        self._ids.extend(int(i) for i in ids)
+        return "".join(self._push(int(i)) for i in ids)
+
+    def _push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        self._held += 1
         text = self._tokenizer.decode(self._ids)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+        whole = text.rstrip(BROKEN)
+        if whole == text:
+            new = text[len(self._done) :]
+            self._keep(self._window(self._ids))
+            return new
+        if len(whole) > len(self._done):  # the id ends a character and begins another
+            new, self._done, self._held = whole[len(self._done) :], whole, 1
+            return new
+        if self._held < self.LONGEST:
             return ""
-        new = text[len(self._done) :]
-        self._ids = self._ids[-self.CONTEXT :]
-        self._done = self._tokenizer.decode(self._ids)
-        return new
+        first, rest = len(self._ids) - self._held, self._ids[1 - self._held :]
+        self._keep(self._ids[:first])  # no character begins with the first id that was held back
+        return BROKEN + self.push(rest)
+
+    def _keep(self, ids: list[int]) -> None:
+        self._ids, self._done, self._held = ids, self._tokenizer.decode(ids), 0
+
+    def _window(self, ids: Sequence[int]) -> list[int]:
+        """The last ids, from the beginning of a character: without it a run of bytes is no text at all."""
+        begin = max(len(ids) - self.CONTEXT, 0)
+        while begin and self._tokenizer.is_later_byte(ids[begin]):
+            begin -= 1
+        return list(ids[begin:])
 
     def flush(self) -> str:
         """What was held back; an incomplete character as U+FFFD."""
-        return self._tokenizer.decode(self._ids)[len(self._done) :]
+        text = self._tokenizer.decode(self._ids)
+        return text[len(self._done) :] if text.startswith(self._done) else BROKEN * self._held
 
 
 def _byte_lengths(inner: tokenizers.Tokenizer) -> np.ndarray:

@@ -1,10 +1,14 @@
 """Stop strings and incremental decoding, whatever the borders of tokens."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
 from dsv3_jax import config as c
-from dsv3_jax.data.tokenizers import StreamDecoder, make_tokenizer
+from dsv3_jax.data import gguf_tokenizer
+from dsv3_jax.data.gguf_file import GgufFile
+from dsv3_jax.data.tokenizers import StreamDecoder, Tokenizer, make_tokenizer
 from dsv3_jax.inference.text import StopStrings, TextStream
 
 pytestmark = pytest.mark.quick
@@ -63,6 +67,56 @@ def test_an_unfinished_character_comes_with_flush(tokenizer):
     shown = "".join(decoder.push([i]) for i in ids[:-1])
     assert shown == "ok " and decoder.flush() == "\N{REPLACEMENT CHARACTER}"
     assert decoder.push(ids[-1:]) == "漢"
+
+
+@pytest.fixture(scope="module")
+def byte_fallback():
+    """A tokenizer as SentencePiece's, which knows a few letters and writes the rest as bytes."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "c", "好"]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * 5
+    names = {"tokens": tokens, "scores": [0.0] * len(tokens), "token_type": kinds, "model": "llama"}
+    names |= {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    file = GgufFile(pathlib.Path("a.gguf"), {f"{gguf_tokenizer.KEY}{k}": v for k, v in names.items()}, {}, {}, {})
+    return Tokenizer(gguf_tokenizer._inner(file, tokens), "<s>", "</s>")
+
+
+TEXTS = ["你好世界abc", "abc 你们 c", "🙂🙂🙂🙂 世界世界世界世界世界a", "ñ\n\na"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_text_in_bytes_streams_as_it_decodes(byte_fallback, text, step):
+    ids = byte_fallback.encode(text)
+    assert byte_fallback.decode(ids) == text
+    decoder = StreamDecoder(byte_fallback)
+    assert "".join(decoder.push(ids[at : at + step]) for at in range(0, len(ids), step)) == text
+    assert decoder.flush() == ""
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_prompt_may_end_inside_a_character(tokenizer, byte_fallback, text):
+    for each in (tokenizer, byte_fallback):
+        ids = each.encode(text)
+        for cut in range(len(ids)):
+            decoder = StreamDecoder(each, ids[:cut])
+            shown = "".join(decoder.push([i]) for i in ids[cut:]) + decoder.flush()
+            prompts = [each.decode(ids[:n]) for n in range(cut, -1, -1)]
+            whole = next(prompt for prompt in prompts if not prompt.endswith("\N{REPLACEMENT CHARACTER}"))
+            assert whole + shown == text, cut
+
+
+@pytest.mark.parametrize("count", [1, 4, 200])
+def test_bytes_that_are_no_text_are_given_up(byte_fallback, count):
+    broken = byte_fallback._inner.token_to_id("<0xFF>")
+    ids = [*byte_fallback.encode("世"), *[broken] * count, *byte_fallback.encode("世a")]
+    decoder, pieces, longest = StreamDecoder(byte_fallback), [], 0
+    for i in ids:
+        pieces.append(decoder.push([i]))
+        longest = max(longest, len(decoder._ids))
+    text = "".join(pieces) + decoder.flush()
+    assert text.startswith("世" + "\N{REPLACEMENT CHARACTER}" * count) and text.endswith("a")
+    assert longest < 20  # the work for an id does not grow
+    assert count < 4 or "\N{REPLACEMENT CHARACTER}" in "".join(pieces[:9])  # and it is shown as it comes
 
 
 class Script:
