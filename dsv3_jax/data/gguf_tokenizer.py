@@ -49,11 +49,16 @@ def gguf_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         inner,
         special.get("bos_token"),
         special.get("eos_token"),
-        add_bos=file.metadata.get(f"{KEY}add_bos_token", file.metadata[f"{KEY}model"] == "llama"),
+        add_bos=file.metadata.get(f"{KEY}add_bos_token", _begins_with_bos(file)),
         stop_ids=stop_ids,
         special_tokens=special,
         chat_template=file.metadata.get("tokenizer.chat_template"),
     )
+
+
+def _begins_with_bos(file: GgufFile) -> bool:
+    """Where the file does not say: llama.cpp's rule."""
+    return file.metadata[f"{KEY}model"] == "llama" or file.metadata.get(f"{KEY}pre") == "llama-bpe"
 
 
 def _get(file: GgufFile, name: str) -> Any:

@@ -60,7 +60,7 @@ def metadata() -> dict:
     }
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, bpe: tokenizers.Tokenizer, pre: str) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, bpe: tokenizers.Tokenizer, pre: str, add_bos: bool | None) -> None:
     vocabulary = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -69,17 +69,20 @@ def add_vocabulary(writer: gguf.GGUFWriter, bpe: tokenizers.Tokenizer, pre: str)
     writer.add_token_merges([" ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_add_bos_token(True)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     writer.add_chat_template(TEMPLATE)
 
 
-def write(path, tensors, values, bpe=None, kinds=None, architecture="llama", pre="gpt-2") -> pathlib.Path:
+def write(
+    path, tensors, values, bpe=None, kinds=None, architecture="llama", pre="gpt-2", add_bos: bool | None = True
+) -> pathlib.Path:
     writer = gguf.GGUFWriter(str(path), architecture)
     for key, value in values.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(key, value)
     if bpe is not None:
-        add_vocabulary(writer, bpe, pre)
+        add_vocabulary(writer, bpe, pre, add_bos)
     for name, value in tensors.items():
         kind = (kinds or {}).get(name, Q.F32)
         writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)

@@ -247,6 +247,16 @@ def test_texts_are_cut_into_words_by_the_named_rule(pre, text, words, tmp_path, 
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    ("pre", "given", "expected"),
+    [("gpt-2", None, False), ("llama-bpe", None, True), ("llama-bpe", False, False), ("gpt-2", True, True)],
+)
+def test_a_prompt_begins_as_the_file_says_or_as_llama_cpp_has_it(pre, given, expected, tmp_path, bpe):
+    path = write(tmp_path / "a.gguf", make_tensors(300), metadata(), bpe, pre=pre, add_bos=given)
+    tokenizer = open_tokenizer(path)
+    assert (tokenizer.encode_prompt("the cat")[0] == 1) == tokenizer.add_bos == expected
+
+
 def test_an_unknown_rule_or_no_tokenizer_is_refused(tmp_path, bpe):
     with pytest.raises(c.ConfigError, match="pre='odd' is not read; those that are: gpt-2"):
         open_tokenizer(write(tmp_path / "a.gguf", make_tensors(300), metadata(), bpe, pre="odd"))
