@@ -10,7 +10,6 @@ import numpy as np
 
 from dsv3_jax.config import (
     AdamW,
-    BpeTokenizer,
     Config,
     ConfigError,
     DataConfig,
@@ -52,11 +51,10 @@ def published_tokenizer(directory: pathlib.Path, folder: pathlib.Path) -> tuple[
     return TokenizerFile(str((folder / TOKENIZER).resolve()), bos, eos), tokenizer.fingerprint
 
 
-def _config(model: ModelConfig, tokenizer: TokenizerFile | None) -> Config:
+def _config(model: ModelConfig, tokenizer: TokenizerFile) -> Config:
     """A run of this model, for the commands that work on a run: its text and training are the defaults."""
-    size = min(BpeTokenizer().vocab_size, model.vocab_size)
     length = min(SEQUENCE_LENGTH, model.context_length or SEQUENCE_LENGTH)
-    data = DataConfig(tokenizer=tokenizer or BpeTokenizer(size), sequence_length=length)
+    data = DataConfig(tokenizer=tokenizer, sequence_length=length)
     return Config(model=model, data=data, train=TrainConfig(optimizer=AdamW(base_dim=model.dim))).validate()
 
 
@@ -66,7 +64,8 @@ def from_hf(
     """Converts a published checkpoint into a run's folder, or goes on with what was interrupted.
 
     Leaves `weights/` (see `interop.weight_folder`), `config.json`, and `tokenizer/`: its files as they were published,
-    so that the same prompt is the same ids. A `config.json` that is there already stays as it is.
+    so that the same prompt is the same ids, and `data.json` with its fingerprint: null if there is none that a run can
+    use. A `config.json` that is there already stays as it is.
 
     Args:
       dtype: see `load_hf`.
@@ -77,13 +76,14 @@ def from_hf(
     """
     directory, workdir = pathlib.Path(directory), pathlib.Path(workdir)
     opened = open_hf(directory, dtype)
-    tokenizer = published_tokenizer(directory, workdir / TOKENIZER_FOLDER)
-    config = _config(opened.config, tokenizer and tokenizer[0])
+    # Without a tokenizer the run names the place where it belongs, and no text can be put through another.
+    nowhere = TokenizerFile(str((workdir / TOKENIZER_FOLDER / TOKENIZER).resolve())), None
+    tokenizer, fingerprint = published_tokenizer(directory, workdir / TOKENIZER_FOLDER) or nowhere
+    config = _config(opened.config, tokenizer)
     folder = begin_conversion(opened, directory, workdir)
     if (directory / TOKENIZER).is_file():
         copy_tokenizer(directory, workdir / TOKENIZER_FOLDER, model=True)
-    if tokenizer is not None:
-        (workdir / DATA).write_text(json.dumps({"tokenizer": tokenizer[1]}))
+    (workdir / DATA).write_text(json.dumps({"tokenizer": fingerprint}))
     if (workdir / MODEL).is_file():
         config = run_config(workdir)
         if dtype not in (None, config.model.compute_dtype):

@@ -103,11 +103,17 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
 def check_data(workdir: pathlib.Path, dataset: Dataset, *names: str) -> None:
     """Raises `ConfigError` if the run's tokenizer or documents are not those of `dataset`: same config, other text.
 
-    A run that was converted names no documents.
+    A run that was converted names no documents, and its tokenizer only if it came with one.
     """
     path = workdir / "data.json"
     stored = json.loads(path.read_text()) if path.is_file() else dataset.fingerprints
     for name in names:
+        if stored.get(name, "") is None:
+            raise ConfigError(
+                f"{workdir}: was converted from weights without a {name} that a run can use (data.json has {name}: "
+                f"null), so no text fits it for certain; convert again, to a new folder, with the {name}.json and "
+                f"{name}_config.json that were published beside the weights"
+            )
         if stored.get(name, dataset.fingerprints[name]) != dataset.fingerprints[name]:
             raise ConfigError(
                 f"{workdir}: was trained with another {name} (the text of config.data has changed); use the "
@@ -223,16 +229,22 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _check_source(init_from: str, config: Config, trainer: Trainer, dataset: Dataset) -> Source:
     """Opens what a new run starts from. Raises `ConfigError` unless its model and its tokenizer, if known, fit."""
-    source = open_source(init_from)
-    check_fit(source, config.model, flat(trainer.abstract_state().variables()))
+    source, folder = open_source(init_from), pathlib.Path(init_from)
+    source = check_fit(source, config.model, flat(trainer.abstract_state().variables()))
+    data = folder / "data.json"
     if is_hf_directory(init_from):
-        published = published_tokenizer(pathlib.Path(init_from), pathlib.Path(init_from))
+        published = published_tokenizer(folder, folder)
+        known = published is not None
         if published is not None and published[1] != dataset.fingerprints["tokenizer"]:
             raise ConfigError(
                 f"--init_from={init_from}: config.data.tokenizer is not its tokenizer; use {published[0]}"
             )
-    check_data(pathlib.Path(init_from), dataset, "tokenizer")
-    return source
+    else:
+        known = data.is_file() and json.loads(data.read_text()).get("tokenizer") is not None
+        if known:
+            check_data(folder, dataset, "tokenizer")
+    note = () if known else ("its tokenizer is not known: config.data.tokenizer must be the one it was trained with",)
+    return source._replace(notes=(*source.notes, *note))
 
 
 def _start(trainer: Trainer, checkpoints: Checkpoints, iterator: Any, seed: int, source: Source | None) -> TrainState:
@@ -259,7 +271,7 @@ def train(
 
     Args:
       init_from: what a new run takes its weights from: the workdir of another run, converted weights, or a Hugging
-        Face directory, of the same model up to `sources.FREE`.
+        Face directory, of the same model up to `sources.CHANGES`.
       trainer, dataset: reused if given, to compile and load once for several runs of one config.
 
     Raises:

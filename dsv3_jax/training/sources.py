@@ -7,25 +7,19 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import ConfigError, ModelConfig, flatten
+from dsv3_jax.interop.config_json import FREE as UNSEEN
 from dsv3_jax.interop.huggingface import copy_tensors, flat, is_hf_directory, nested, open_hf
 from dsv3_jax.interop.weight_folder import has_weights, open_weights
 from dsv3_jax.training.checkpoints import open_checkpoints, place, run_config
 
-# Fields of the model that leave the shapes of its parameters as they are.
-FREE = (
+# What a run may change of the model it starts from; it is told what it does. Any other field, but for those that only
+# training, speed and memory know, would make other sense of the weights.
+CHANGES = (
     "attention.pattern",
-    "attention.causal",
     "attention.rope_theta",
     "attention.rope_scaling",
     "attention.softcap",
-    "attention.implementation",
-    "moe.dispatch",
-    "moe.router",
-    "norm_epsilon",
-    "init_std",
     "compute_dtype",
-    "remat",
-    "unroll",
     "context_length",
 )
 # Parts of the tree that belong to a pattern: they start fresh where the source has none.
@@ -41,12 +35,14 @@ class Source(NamedTuple):
       model: its config.
       leaves: path -> shape and dtype.
       load: reads the leaves it is given, on their shardings.
+      notes: what to say of it when a run starts.
     """
 
     name: str
     model: ModelConfig
     leaves: Abstract
     load: Callable[[Abstract], Any]
+    notes: tuple[str, ...] = ()
 
 
 def open_source(init_from: str) -> Source:
@@ -83,35 +79,44 @@ def open_source(init_from: str) -> Source:
     return Source(name, model, leaves, restore)
 
 
-def check_fit(source: Source, model: ModelConfig, wanted: Abstract) -> None:
-    """Raises `ConfigError` unless the source's weights fit: the same model up to `FREE`, and the same shapes."""
-    free = (*FREE, "dense_dim") if model.num_dense_layers == 0 else FREE
+def check_fit(source: Source, model: ModelConfig, wanted: Abstract) -> Source:
+    """The source, with a note of each of `CHANGES`.
+
+    Raises:
+      ConfigError: its weights do not fit: another model, but for `CHANGES`, or other shapes.
+    """
+    unseen = (*UNSEEN, "dense_dim") if model.num_dense_layers == 0 else UNSEEN
     theirs, ours = flatten(source.model), flatten(model)
+    notes = []
     for field in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(field) != ours.get(field) and not field.startswith(free):
+        if theirs.get(field) == ours.get(field) or field.startswith(unseen):
+            continue
+        if not field.startswith(CHANGES):
             raise ConfigError(
                 f"--init_from={source.name}: its config.model.{field} is {theirs.get(field)!r}, this run's "
                 f"{ours.get(field)!r}; the weights do not fit"
             )
+        notes.append(f"config.model.{field} was {theirs.get(field)!r}, is {ours.get(field)!r}")
     for path, leaf in wanted.items():
         there = source.leaves.get(path)
         if there is None and not set(PATTERN_PARTS) & set(path.split("/")):
             raise ConfigError(f"--init_from={source.name}: has no {path}")
         if there is not None and tuple(there.shape) != leaf.shape:
             raise ConfigError(f"--init_from={source.name}: {path} has shape {tuple(there.shape)}, not {leaf.shape}")
+    return source._replace(notes=(*source.notes, *notes))
 
 
 def take(source: Source, fresh: dict[str, Any], abstract: dict[str, Any]) -> dict[str, Any]:
     """The source's weights, in the dtypes and shardings of `abstract`; those it lacks are the `fresh` ones.
 
-    Says in one line what starts fresh and what of the source is left out.
+    Says in one line what starts fresh, what of the source is left out, and its notes.
     """
     wanted = flat(abstract)
     known = {path: leaf for path, leaf in wanted.items() if path in source.leaves}
     taken = flat(source.load(known))
     notes = [f"{what} start fresh" for what in _parts(wanted.keys() - known.keys())]
     notes += [f"its {what} are left out" for what in _parts(source.leaves.keys() - wanted.keys())]
-    print("; ".join([f"starting from {source.name}", *notes]), flush=True)
+    print("; ".join([f"starting from {source.name}", *notes, *source.notes]), flush=True)
     merged = nested(flat(fresh) | taken)
     return {name: merged.get(name, {}) for name in abstract}
 

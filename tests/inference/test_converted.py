@@ -73,7 +73,8 @@ def test_a_tokenizer_that_no_run_could_train_with_still_generates(tmp_path, caps
     publish(tmp_path / "hf", {"chat_template.jinja": "{{ messages[0].content }}"})
     config = from_hf(tmp_path / "hf", tmp_path / "run")
     assert "a run cannot use the tokenizer" in capsys.readouterr().out
-    assert isinstance(config.data.tokenizer, c.BpeTokenizer)
+    assert config.data.tokenizer == c.TokenizerFile(str(tmp_path / "run" / "tokenizer" / "tokenizer.json"))
+    assert json.loads((tmp_path / "run" / "data.json").read_text()) == {"tokenizer": None}
     assert continuations(open_run(tmp_path / "run"))[1] == continuations(open_hf(tmp_path / "hf"))[1]
 
 

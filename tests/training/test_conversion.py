@@ -71,6 +71,14 @@ def test_there_and_back(published, tmp_path):
     assert_same(stored(tmp_path / "back"), stored(published))
 
 
+def test_a_small_vocabulary_converts_without_a_tokenizer(tmp_path):
+    config = model()
+    config.vocab_size = 72  # fewer than the bytes of a tokenizer that is made here
+    save_hf(tmp_path / "hf", config, random_variables(config))
+    from_hf(tmp_path / "hf", tmp_path / "run")
+    assert_same(dsv3_jax.restore(tmp_path / "run")[1], load_hf(tmp_path / "hf")[1])
+
+
 def test_float8_weights_are_dequantized_on_the_way(tmp_path):
     save_float8(tmp_path / "hf", model(), (16, 12))
     from_hf(tmp_path / "hf", tmp_path / "run")

@@ -12,7 +12,7 @@ from dsv3_jax.data.tokenizers import train_bpe
 from dsv3_jax.interop.huggingface import flat, load_hf, save_hf
 from dsv3_jax.sharding import make_mesh
 from dsv3_jax.training.conversion import from_hf
-from dsv3_jax.training.loop import read_metrics, train
+from dsv3_jax.training.loop import _check_source, check_data, read_metrics, train
 from dsv3_jax.training.sources import check_fit, open_source, take
 from dsv3_jax.training.step import Trainer
 from tests.conftest import tiny_config, tiny_model
@@ -38,7 +38,7 @@ def taken(directory, model: c.ModelConfig, mesh: c.MeshConfig | None = None) -> 
     config = c.Config(model=model, data=c.DataConfig(tokenizer=c.BpeTokenizer(300)), mesh=mesh or c.MeshConfig())
     trainer = Trainer(config, make_mesh(config.mesh))
     source, abstract = open_source(str(directory)), trainer.abstract_state().variables()
-    check_fit(source, model, flat(abstract))
+    source = check_fit(source, model, flat(abstract))
     fresh = trainer.init(0).variables()
     result = take(source, fresh, abstract)
     for path, leaf in flat(abstract).items():
@@ -74,7 +74,11 @@ def test_what_a_pattern_adds_starts_fresh(pattern, part, note, published, capsys
     expected = flat(load_hf(published, dtype="float32")[1])
     for path, value in result.items():
         np.testing.assert_array_equal(value, fresh[path] if part in path else expected[path], err_msg=path)
-    assert f"; {note} start fresh; its multi-token" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"; {note} start fresh; its multi-token" in said
+    for change in ("pattern.kind was 'full', is ", "rope_theta was 10000.0, is 500000.0"):
+        assert f"config.model.attention.{change}" in said
+    assert "config.model.context_length was None, is 99" in said
 
 
 def test_what_a_pattern_no_longer_needs_is_left_out(tmp_path, capsys):
@@ -97,8 +101,24 @@ def test_other_models_are_refused(published, tmp_path):
     refuse("config.model.dense_dim is 64, this run's 96; the weights do not fit", dense_dim=96)
     refuse("config.model.moe.num_experts is 8, this run's 16", moe=dataclasses.replace(full().moe, num_experts=16))
     refuse("attention.sinks is False, this run's True", attention=dataclasses.replace(full().attention, sinks=True))
+    attention = full().attention
+    refuse("config.model.norm_epsilon is 1e-06, this run's 0.001", norm_epsilon=1e-3)
+    refuse("attention.causal is True, this run's False", attention=dataclasses.replace(attention, causal=False))
+    for field, value in {"top_k": 3, "num_groups": 2, "top_groups": 1, "route_scale": 1.0}.items():
+        router = dataclasses.replace(full().moe.router, **{field: value})
+        refuse(f"moe.router.{field} is ", moe=dataclasses.replace(full().moe, router=router))
+    router = dataclasses.replace(full().moe.router, normalize_weights=False)
+    refuse("moe.router.normalize_weights is True", moe=dataclasses.replace(full().moe, router=router))
+    refuse("moe.router.kind is 'grouped_sigmoid'", moe=dataclasses.replace(full().moe, router=c.Softmax(top_k=2)))
     with pytest.raises(c.ConfigError, match="holds no run"):
         open_source(str(tmp_path))
+
+
+def test_how_it_is_trained_is_a_runs_own(published, capsys):
+    model = dataclasses.replace(full(), remat="full", init_std=0.01)
+    model.moe.router = dataclasses.replace(model.moe.router, balance_weight=0.5, bias_update_rate=0.1)
+    taken(published, model)
+    assert "config.model" not in capsys.readouterr().out
 
 
 def test_converted_weights_are_no_run_to_resume(published, corpus, tmp_path):
@@ -121,6 +141,22 @@ def test_another_tokenizer_is_refused(corpus, tmp_path):
     with pytest.raises(c.ConfigError, match="was trained with another tokenizer"):
         train(config, tmp_path / "run", init_from=str(tmp_path / "converted"), dataset=dataset)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_without_a_tokenizer_are_said_to_have_none(corpus, tmp_path, capsys):
+    save_hf(tmp_path / "hf", full(), random_variables(full()))
+    from_hf(tmp_path / "hf", tmp_path / "converted")
+    config = tiny_config(corpus)
+    config.model = full()
+    dataset = load_dataset(config.data, 320)
+    with pytest.raises(
+        c.ConfigError, match=r"converted from weights without a tokenizer .* \(data.json has tokenizer: nu"
+    ):
+        check_data(tmp_path / "converted", dataset, "tokenizer", "documents")
+    trainer = Trainer(config, make_mesh(config.mesh))
+    for name in ("hf", "converted"):
+        notes = _check_source(str(tmp_path / name), config, trainer, dataset).notes
+        assert notes == ("its tokenizer is not known: config.data.tokenizer must be the one it was trained with",)
 
 
 @pytest.mark.slow
