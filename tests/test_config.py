@@ -104,6 +104,9 @@ PATTERNS_REFUSED = [
     (c.Sparse(8, 4, 4), "at least 8, the rotated width"),
     (c.Sparse(8, 4, 16, stage="dense"), "must be one of warmup, sparse"),
     (c.Sparse(8, 4, 16, stage="warmup"), 'must be ("indexer",) while a sparse pattern has stage=warmup'),
+    (c.Sparse(1, 4, 16), "one key teaches nothing"),
+    (c.Sparse(8, 4, 16, stage="warmup", loss_weight=0.0), "warm-up has no other loss"),
+    (c.RuntimeWindowed(8, tasks=(c.TaskWindow("prsoe", 4),)), "the domains are prose, code"),
     (c.PerLayer(()), "at least one pattern"),
     (c.PerLayer((c.Full(), c.Windowed(0))), "patterns.1.window=0"),
     (c.PerLayer((c.Full(), c.LearnedGlobal())), "all patterns must be it, or none"),
@@ -116,6 +119,25 @@ def test_patterns_that_cannot_be_are_refused(pattern, says):
     attention = dataclasses.replace(tiny_model().attention, pattern=pattern)
     with pytest.raises(c.ConfigError) as error:
         c.Config(model=tiny_model(attention=attention)).validate()
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"implementation": "flash"}, "none or one of blocked, reference with the pattern"),
+        ({"implementation": "blocked", "pattern": c.Sparse(8, 4, 16)}, "none or one of chunked, reference"),
+        ({"rope_scaling": c.Llama3Scaling(8.0, 64, 4.0, 4.0)}, "must be above low_factor=4.0"),
+        ({"rope_scaling": c.Yarn(8.0, 0)}, "original_length=0: must be at least 1"),
+        ({"rope_scaling": c.Yarn(8.0, 64, 1.0, 32.0)}, "must be above beta_slow"),
+        ({"rope_scaling": c.LinearScaling(0.5)}, "factor=0.5: must be at least 1"),
+        ({"softcap": 0.0}, "must be positive or none"),
+    ],
+    ids=str,
+)
+def test_attention_that_cannot_be_is_refused(changes, says):
+    with pytest.raises(c.ConfigError) as error:
+        c.validate_model(tiny_model(attention=dataclasses.replace(tiny_model().attention, **changes)))
     assert says in str(error.value)
 
 

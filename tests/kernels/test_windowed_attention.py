@@ -27,7 +27,7 @@ PATTERNS = [
 ]
 BIDIRECTIONAL = [*PATTERNS, c.Windowed(6, global_fractions=(0.0, 0.5, 1.0), global_positions=(0, 4))]
 CASES = [(p, True) for p in PATTERNS] + [(p, False) for p in BIDIRECTIONAL]
-B, T, H, G, N, M = 3, 70, 4, 2, 8, 6
+B, T, H, G, N, M = 4, 70, 4, 2, 8, 6
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 
@@ -38,13 +38,14 @@ def inputs(dtype=jnp.float32, length=T):
 
 
 def packed():
-    """Three documents and padding; two documents; one."""
+    """Three documents and padding; two documents; one; padding, then a document."""
     lengths = [30, 25, 10]
     segments = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(T - sum(lengths), int)])
     positions = np.concatenate([np.arange(n) for n in [*lengths, T - sum(lengths)]])
     other_segments = np.where(np.arange(T) < 41, 1, 2)
     other_positions = np.where(np.arange(T) < 41, np.arange(T), np.arange(T) - 41)
-    rows = [(positions, segments), (other_positions, other_segments), (np.arange(T), np.ones(T))]
+    late = np.maximum(np.arange(T) - 9, 0), (np.arange(T) >= 9) * 1
+    rows = [(positions, segments), (other_positions, other_segments), (np.arange(T), np.ones(T)), late]
     return Place(*(jnp.asarray(np.stack(x), jnp.int32) for x in zip(*rows, strict=True)))
 
 
@@ -54,6 +55,7 @@ def unpacked():
 
 def attend_and_differentiate(name, place, pattern, causal, softcap):
     gate = jax.random.normal(jax.random.key(7), (B, T)) if isinstance(pattern, c.LearnedGlobal) else None
+    gate = gate if gate is None else gate.at[1:].set(jnp.round(gate[1:]))  # and ties: the first of equals
     if isinstance(pattern, c.RuntimeWindowed):
         place = place._replace(window_BT=jax.random.randint(jax.random.key(8), (B, T), 1, pattern.window + 1))
 

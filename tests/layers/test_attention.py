@@ -53,7 +53,7 @@ LENGTHS, TOTAL = (11, 5, 8), 20  # of the prompts; of the texts
 
 def make_model(projection: str, pattern: str, **attention) -> c.ModelConfig:
     attention = c.Attention(PROJECTIONS[projection], PATTERNS[pattern], **attention)
-    layers = 4 if pattern == "window, window, full" else 2  # a whole period, and a rest
+    layers = 4 if pattern == "window, window, full" else 2
     model = tiny_model(attention=attention, num_layers=layers)
     c.validate_model(model)
     return model
@@ -172,10 +172,26 @@ def test_what_does_not_fit_a_cache_is_refused(tokens):
     cache = apply(variables, tokens[:, :4], cache=make_cache(model, 3, 8)).cache
     with pytest.raises(ValueError, match="2 tokens a row were given to a cache of step=1"):
         apply(variables, tokens[:, :2], cache=cache)
+    with pytest.raises(ValueError, match="window_BT was given"):
+        apply(variables, tokens, window_BT=jnp.full(tokens.shape, 2))
     with pytest.raises(ValueError, match="num_tokens_B goes with a cache"):
         apply(variables, tokens, num_tokens_B=jnp.array([1, 2, 3]))
     with pytest.raises(c.ConfigError, match="only causal models decode"):
         make_cache(make_model("latent", "full", causal=False), 1, 8)
+
+
+def test_a_row_beyond_its_cache_gives_nan_and_the_others_go_on(tokens):
+    model = make_model("latent", "full")
+    variables = init(model)
+    expected = jax.jit(Transformer(model).apply)(variables, tokens).logits_BTV
+    lengths = jnp.array([8, 5, 8])
+    cache = make_cache(model, 3, 8)
+    cache = Transformer(model).apply(variables, tokens[:, :8], cache=cache, num_tokens_B=lengths).cache
+    following = jnp.take_along_axis(tokens, lengths[:, None], axis=1)
+    output = Transformer(model).apply(variables, following, cache=cache, num_tokens_B=jnp.array([1, 9, 0]))
+    assert np.all(np.isnan(output.logits_BTV[0]))
+    assert_close(output.logits_BTV[1, 0], expected[1, 5], 2e-5)  # 9 new tokens of one column are one
+    np.testing.assert_array_equal(output.cache.length_B, [9, 6, 8])
 
 
 # Bidirectional forms.

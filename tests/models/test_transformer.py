@@ -9,11 +9,21 @@ import pytest
 from flax import linen as nn
 
 from dsv3_jax import config as c
+from dsv3_jax.models.stack import unstack_layers
 from dsv3_jax.models.transformer import Transformer
 from dsv3_jax.planning.flops import count_parameters
 from tests.conftest import assert_close, tiny_model
 
-PATTERNS = [c.Full(), c.Windowed(5), c.Windowed(4, (0, 2)), c.Segmented(6)]
+PATTERNS = [
+    c.Full(),
+    c.Windowed(4, (0, 2)),
+    c.Windowed(6, stride=3),
+    c.Segmented(6),
+    c.LearnedGlobal(4, 4, 2),
+    c.Sparse(5, 2, 8),
+    c.PerLayer((c.Windowed(5), c.Segmented(6, keys="all"))),
+]
+LEARNED = (c.LearnedGlobal, c.Sparse)
 T = 24
 
 
@@ -44,6 +54,8 @@ def tokens():
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_changing_future_tokens_changes_nothing_before(pattern, variables, tokens):
+    if isinstance(pattern, LEARNED):  # with parameters of their own
+        variables = init(with_pattern(pattern))
     apply = jax.jit(Transformer(with_pattern(pattern)).apply)
     cut = 11
     changed = tokens.at[:, cut:].set((tokens[:, cut:] + 7) % 320)
@@ -56,6 +68,8 @@ def test_changing_future_tokens_changes_nothing_before(pattern, variables, token
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_packed_documents_equal_documents_alone(pattern, variables, tokens):
+    if isinstance(pattern, LEARNED):
+        variables = init(with_pattern(pattern))
     apply = jax.jit(Transformer(with_pattern(pattern)).apply)
     cut = 10
     positions = jnp.tile(jnp.concatenate([jnp.arange(cut), jnp.arange(T - cut)]), (2, 1))
@@ -88,6 +102,27 @@ def loss_and_gradients(config, variables, tokens):
 def test_settings_of_speed_and_memory_change_neither_loss_nor_gradients(name, variables, tokens):
     expected = loss_and_gradients(tiny_model(), variables, tokens)
     assert_close(loss_and_gradients(SAME[name], variables, tokens), expected, 2e-5, name)
+
+
+CYCLE = with_pattern(c.PerLayer((c.Windowed(4), c.Windowed(6, (0,)), c.Full())))
+
+
+@pytest.mark.parametrize(
+    ("unroll", "remat"), [(False, "none"), pytest.param(True, "full", marks=pytest.mark.slow), (False, "full")]
+)
+def test_scanning_over_periods_of_patterns_is_layer_by_layer(unroll, remat, tokens):
+    """Two dense layers, then seven: the cycle of three begins amid, and leaves a rest."""
+    config = dataclasses.replace(CYCLE, num_layers=9, num_dense_layers=2)
+    variables = init(config)
+
+    def alone(params):
+        unstacked = unstack_layers(config, {**variables, "params": params})
+        output = Transformer(config).apply(unstacked, tokens)
+        return jnp.mean(jax.nn.logsumexp(output.logits_BTV, -1) ** 2) + jnp.sum(output.routing.balance)
+
+    expected = jax.jit(jax.value_and_grad(alone))(variables["params"])
+    other = dataclasses.replace(config, unroll=unroll, remat=remat)
+    assert_close(loss_and_gradients(other, variables, tokens), expected, 2e-5)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,19 @@ def test_the_domain_of_a_token_decides_its_window(corpus):
     assert loss(c.RuntimeWindowed(8, tasks=windows)) != pytest.approx(loss(c.Windowed(8)), rel=1e-6)
 
 
+def test_layers_with_other_largest_windows_train_with_their_own(corpus):
+    def loss(*members):
+        trainer = with_pattern(corpus, c.PerLayer(members))
+        return float(trainer.gradients(trainer.init(0), random_batch(trainer.config))[1]["lm"])
+
+    assert loss(c.RuntimeWindowed(2), c.RuntimeWindowed(16)) == pytest.approx(loss(c.Windowed(2), c.Windowed(16)), 1e-6)
+
+
+def test_a_word_that_names_nothing_trainable_is_refused(corpus):
+    with pytest.raises(c.ConfigError, match=r"'indexr' is in no parameter's path; known: .*attention"):
+        trainer_for(corpus, trainable=("indexr",))
+
+
 MESHES = {
     "data, fsdp, model": c.MeshConfig(data=2, fsdp=2, model=2),
     "fsdp, expert, model": c.MeshConfig(fsdp=2, expert=2, model=2),

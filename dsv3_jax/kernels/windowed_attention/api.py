@@ -34,7 +34,8 @@ def windowed_attention(
       gate_BT: float32, for `LearnedGlobal` alone: the score by which keys are chosen.
       softcap: see `ops.attention.soft_cap`.
       max_segments: the most documents a row may hold, where the pattern has one set of global keys for each.
-      implementation: "blocked" (default; plain JAX, skips blocks, memory linear in T · window) or "reference".
+      implementation: "blocked" (default; plain JAX, skips blocks, memory linear in T · window but for the choice of
+        learned global keys) or "reference".
 
     Returns:
       out_BTHM in the dtype of `v`, and the log-sum-exp of each query's visible scores, lse_BHT float32. A query that

@@ -3,7 +3,7 @@
 Rows are cut into blocks of S tokens. A query block sees the key blocks within the pattern's reach; runs of query blocks
 with equally long spans are computed as one batched matmul. Global keys are a second, small key set in the same softmax.
 The backward pass recomputes the probabilities from the log-sum-exp (FlashAttention-2, Dao 2023, arXiv:2307.08691), so
-that memory is linear in T.
+that memory is linear in T; except that choosing learned global keys compares 2 T² / block scores of one number each.
 """
 
 import dataclasses
