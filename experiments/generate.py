@@ -41,6 +41,10 @@ def main() -> None:
     if len(given) != 1:
         raise ConfigError(f"give one of --workdir, --hf and --gguf; {' and '.join(given) or 'none'} was given")
     sampling = make_sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
+    filters = {flag.name: flag.value for flag in (TOP_K, TOP_P, MIN_P) if flag.value is not None}
+    if filters and TEMPERATURE.value == 0:
+        name, value = next(iter(filters.items()))
+        raise ConfigError(f"--{name}={value}: changes nothing at --temperature=0; set --temperature above 0 to sample")
     source = openers[given[0]](flags.FLAGS[given[0]].value)
     tokenizer, single = source.tokenizer, len(PROMPT.value) == 1
 

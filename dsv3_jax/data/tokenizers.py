@@ -120,6 +120,12 @@ class Tokenizer:
         """Text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written so; None if there is none."""
+        token_id = self._inner.token_to_id(text)
+        added = None if token_id is None else self._inner.get_added_tokens_decoder().get(token_id)
+        return token_id if added is not None and added.special else None
+
     def is_later_byte(self, token_id: int) -> bool:
         """Whether an id is one byte that cannot begin a character: SentencePiece writes it as <0x80> … <0xBF>."""
         return LATER_BYTE.fullmatch(self._inner.id_to_token(int(token_id)) or "") is not None

@@ -33,7 +33,7 @@ def bucket(length: int) -> int:
 def compute_weights(config: ModelConfig, variables: Any) -> Any:
     """Variables on the device, one array a layer; each matrix that the layers cast to the compute dtype is cast once.
 
-    Norms, biases, routers and the like are used in float32 and stay so.
+    Norms, biases, routers and the like are used in float32 and stay so. Multi-token-prediction layers are left out.
     """
 
     def place(path: tuple[Any, ...], x: Any) -> jax.Array:
@@ -41,7 +41,8 @@ def compute_weights(config: ModelConfig, variables: Any) -> Any:
         is_matrix = name in ("embedding", "head") or (name.startswith("w_") and name != "w_router")
         return jnp.asarray(x, config.compute_dtype if is_matrix else jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(place, unstack_layers(config, variables))
+    used = {name: variables[name] for name in ("params", "selection_bias") if name in variables}
+    return jax.tree_util.tree_map_with_path(place, unstack_layers(config, used))
 
 
 @struct.dataclass
@@ -103,10 +104,12 @@ class Generator:
             raise ConfigError(f"--max_new_tokens={max_new_tokens}: must be at least 1")
         if not lengths or min(lengths) < 1:
             raise ConfigError("--prompt: is empty, and this model's tokenizer adds no begin token; give some text")
-        largest = max(int(np.max(prompt)) for prompt in prompts)
-        if largest >= self.config.vocab_size:
+        last = self.config.vocab_size - 1
+        unknown = [token for prompt in prompts for token in (int(np.min(prompt)), int(np.max(prompt)))]
+        unknown = [token for token in unknown if not 0 <= token <= last]
+        if unknown:
             raise ConfigError(
-                f"--prompt: has token {largest}, and the model knows {self.config.vocab_size}; its tokenizer is another"
+                f"--prompt: has token {unknown[0]}, and the model knows 0 to {last}; its tokenizer is another"
             )
         if self.max_length is None:
             return [max_new_tokens] * len(lengths)
@@ -158,8 +161,10 @@ class Generator:
           steps_a_call: 1 gives each token as it is made; more is faster. At most 32.
 
         Raises:
-          ConfigError: as `room`.
+          ConfigError: as `room`, or no step a call.
         """
+        if steps_a_call < 1:
+            raise ConfigError(f"steps_a_call={steps_a_call}: must be at least 1")
         budgets = self.room(prompts, max_new_tokens)
         lengths = [len(prompt) for prompt in prompts]
         needed = max(length + budget for length, budget in zip(lengths, budgets, strict=True))

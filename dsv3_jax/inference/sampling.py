@@ -8,6 +8,8 @@ from flax import struct
 
 from dsv3_jax.config import ConfigError
 
+LEAST_TEMPERATURE = 1e-6
+
 
 @struct.dataclass
 class Sampling:
@@ -61,7 +63,9 @@ def allowed_logits(logits_BV: jax.Array, settings: Sampling) -> jax.Array:
     that top-k leaves), min-p. Each keeps the tokens of at least some logit, so tokens that tie with the last are kept.
     """
     logits_BV = logits_BV.astype(jnp.float32)
-    scaled_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / _column(settings.temperature)
+    # A smaller temperature takes the best token too, and 0 / 0 none.
+    temperature = jnp.maximum(_column(settings.temperature), LEAST_TEMPERATURE)
+    scaled_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature
     floor_B1 = jnp.full((len(scaled_BV), 1), -jnp.inf)
     if settings.top_k is not None or settings.top_p is not None:
         sorted_BV = -jnp.sort(-scaled_BV, axis=-1)

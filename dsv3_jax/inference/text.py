@@ -60,6 +60,7 @@ class TextStream:
 
     Args:
       prompts: ids, as `Tokenizer.encode_prompt` or `encode_chat` gives them.
+      stop: texts before which a row ends. One that spells a special token stands for that token.
       stream: give each token at once; otherwise several steps run on the device before anything is seen.
 
     Raises:
@@ -82,13 +83,14 @@ class TextStream:
         self.completions = [Completion() for _ in prompts]
         self._decoders = [StreamDecoder(tokenizer, [int(i) for i in prompt]) for prompt in prompts]
         self._stops = [StopStrings(stop) for _ in prompts]
+        self._ended = [False for _ in prompts]
         self._room = generator.room(prompts, max_new_tokens)
         self._steps = generator.stream(
             prompts,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
-            stop_ids=tokenizer.stop_ids,
+            stop_ids=tokenizer.stop_ids | {i for text in stop if (i := tokenizer.special_id(text)) is not None},
             task=task,
             steps_a_call=1 if stream else STEPS_A_CALL,
         )
@@ -96,18 +98,20 @@ class TextStream:
     def __iter__(self) -> Iterator[list[str]]:
         for tokens_BN in self._steps:
             yield [self._push(row, tokens_BN[row]) for row in range(len(self.completions))]
-            if all(stops.found for stops in self._stops):
-                return
+            if all(self._ended):
+                break
         yield [self._finish(row) for row in range(len(self.completions))]
 
     def _push(self, row: int, tokens_N: np.ndarray) -> str:
         """Token by token, so that those after a stop string are not counted."""
         new = ""
         for token in tokens_N.tolist():
-            if token == NO_TOKEN or self._stops[row].found:
+            self._ended[row] |= token == NO_TOKEN
+            if self._ended[row]:
                 break
             self.completions[row].num_tokens += 1
             new += self._stops[row].push(self._decoders[row].push([token]))
+            self._ended[row] = self._stops[row].found or self.completions[row].num_tokens == self._room[row]
         return self._add(row, new)
 
     def _finish(self, row: int) -> str:

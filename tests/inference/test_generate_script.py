@@ -79,6 +79,7 @@ def test_a_folder_as_published(tmp_path):
         (["--prompt=x", "--hf=nowhere"], "nowhere"),
         (["--workdir=a"], "--prompt"),
         (["--prompt=x", "--workdir=a", "--top_p=2"], "--top_p=2.0: must be above 0"),
+        (["--prompt=x", "--workdir=a", "--min_p=0.1"], "--min_p=0.1: changes nothing at --temperature=0; set --temp"),
     ],
 )
 def test_what_is_wrong_is_one_line(flags, says):

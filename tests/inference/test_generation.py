@@ -112,8 +112,12 @@ def test_the_context_is_never_overrun():
     assert [len(row) for row in rows] == [3, 18]
     with pytest.raises(c.ConfigError, match="has 20 tokens, and the context holds 20"):
         generator.stream([[5] * 20], max_new_tokens=1)
-    with pytest.raises(c.ConfigError, match="has token 320, and the model knows 320"):
+    with pytest.raises(c.ConfigError, match="has token 320, and the model knows 0 to 319"):
         generator.stream([[5], [6, 320]], max_new_tokens=1)
+    with pytest.raises(c.ConfigError, match="has token -1, and the model knows 0 to 319"):
+        generator.stream([[5], np.asarray([6, -1])], max_new_tokens=1)
+    with pytest.raises(c.ConfigError, match="steps_a_call=0: must be at least 1"):
+        generator.stream([[5]], max_new_tokens=1, steps_a_call=0)
     with pytest.raises(c.ConfigError, match="is empty"):
         generator.stream([[5], []], max_new_tokens=1)
     with pytest.raises(c.ConfigError, match="--max_new_tokens=0"):
@@ -174,3 +178,9 @@ def test_weights_cast_once_give_the_logits_of_weights_cast_in_each_layer():
         return jax.jit(Transformer(config).apply)(variables, tokens).logits_BTV
 
     np.testing.assert_array_equal(logits(once), logits(unstack_layers(config, variables)))
+
+
+@pytest.mark.quick
+def test_only_what_the_model_reads_is_put_on_the_device():
+    variables = weights(GROUPED)
+    assert compute_weights(GROUPED, variables | {"mtp": {"head": np.ones(3)}}).keys() == variables.keys()

@@ -105,9 +105,16 @@ def test_another_value_does_not_compile_anew():
 
 def test_extreme_temperatures_stay_finite():
     logits = jnp.asarray([[1e4, -1e4, 9e3]])
-    for temperature in (1e-6, 1e6):
+    for temperature in (1e-40, 1e-6, 1e6):
         p = np.asarray(jax.nn.softmax(allowed_logits(logits, make_sampling(temperature)), axis=-1))
         assert np.isfinite(p).all() and p.argmax() == 0
+
+
+def test_a_row_of_temperature_zero_or_nearly_is_greedy():
+    logits_BV = jnp.asarray([[0.0, 2.0, 3.0, -1.0]] * 3)
+    settings = Sampling(temperature=jnp.asarray([0.0, 1e-40, 1.0]), top_p=jnp.asarray([0.9, 1.0, 0.9]))
+    tokens = np.asarray([sample(logits_BV, row_keys(0, 3), step, settings) for step in range(20)])
+    assert (tokens[:, :2] == 2).all() and set(tokens[:, 2]) == {1, 2}
 
 
 @pytest.mark.parametrize(

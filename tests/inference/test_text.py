@@ -129,11 +129,13 @@ class Script:
         return [max_new_tokens for _ in prompts]
 
     def stream(self, prompts, **options):
+        self.options, self.calls = options, 0
         length = max(map(len, self.rows))
         tokens = np.full((len(self.rows), length), -1, np.int32)
         for row, ids in zip(tokens, self.rows, strict=True):
             row[: len(ids)] = ids
         for at in range(0, length, self.steps):
+            self.calls += 1
             yield tokens[:, at : at + self.steps]
 
 
@@ -151,3 +153,25 @@ def test_rows_stop_by_themselves(tokenizer, steps):
     assert [completion.stopped for completion in done] == [True, len(rows[1]) < room, False]
     assert done[0].num_tokens == len(tokenizer.encode("the cat\nUser:"))
     assert [done[1].num_tokens, done[2].num_tokens] == [len(rows[1]), len(rows[2])]
+
+
+def test_nothing_is_made_after_every_row_has_ended(tokenizer):
+    """One row by a stop id, with half a character, one by a stop string, one for want of room."""
+    rows = [tokenizer.encode("on 漢")[:-1], tokenizer.encode("the cat\nUser: sat" + " on the mat" * 30)]
+    rows.append(tokenizer.encode("a cat sat on the mat"))
+    generator = Script(rows, 1)
+    generator.room = lambda prompts, max_new_tokens: [500, 500, len(rows[2])]
+    stream = TextStream(generator, tokenizer, [[5]] * 3, max_new_tokens=500, stop=["\nUser:"])
+    pieces = list(stream)
+    texts = ["on \N{REPLACEMENT CHARACTER}", "the cat", "a cat sat on the mat"]
+    assert [completion.text for completion in stream.completions] == texts
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == texts
+    assert [completion.stopped for completion in stream.completions] == [True, True, False]
+    needed = max(len(rows[0]) + 1, len(tokenizer.encode("the cat\nUser:")), len(rows[2]))
+    assert generator.calls == needed < len(rows[1])
+
+
+def test_a_stop_string_that_spells_a_special_token_is_a_stop_id(tokenizer):
+    generator = Script([[5]], 1)
+    list(TextStream(generator, tokenizer, [[5]], max_new_tokens=1, stop=["<|pad|>", "the"]))
+    assert generator.options["stop_ids"] == {0, tokenizer.eos_id}
