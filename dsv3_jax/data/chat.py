@@ -48,6 +48,8 @@ def render_chat(
     special_tokens: Mapping[str, str],
     *,
     add_generation_prompt: bool = True,
+    tools: Sequence[Any] | None = None,
+    documents: Sequence[Any] | None = None,
     **variables: Any,
 ) -> str:
     """A conversation as text, special tokens spelt out.
@@ -57,6 +59,7 @@ def render_chat(
       messages: each with a "role" ("system", "user", "assistant") and "content".
       special_tokens: what the template knows as `bos_token`, `eos_token`, ….
       add_generation_prompt: end with what begins the model's answer.
+      tools, documents: what the template is told of functions to call and of texts to read; None if there are none.
       variables: others that the template reads, as `enable_thinking`.
 
     Raises:
@@ -69,9 +72,12 @@ def render_chat(
             .render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                documents=documents,
                 **special_tokens,
                 **variables,
             )
         )
-    except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"the chat template cannot render this conversation: {error}") from None
+    except Exception as error:  # a template is a program: it may fail in any way
+        message = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the chat template cannot render this conversation: {message}") from None

@@ -172,6 +172,31 @@ def test_a_malicious_template_reaches_nothing(template):
     assert messages == MESSAGES
 
 
+TOOLS = "{% if tools is none and documents is none %}plain{% else %}{{ tools | length }}{% endif %}"
+
+
+def test_tools_and_documents_that_are_not_given_are_none():
+    utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="the oracle: make peers")
+    rendered, _ = utils.render_jinja_template([MESSAGES], chat_template=TOOLS)
+    assert render_chat(TOOLS, MESSAGES, {}) == rendered[0] == "plain"
+    assert render_chat(TOOLS, MESSAGES, {}, tools=[{"name": "add"}]) == "1"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ messages.index(3, 4, 5, 6) }}", "TypeError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ '{x}'.format() }}", "KeyError"),
+        ("{{ '{0}'.format() }}", "IndexError"),
+    ],
+)
+def test_a_template_that_fails_is_one_error(template, says):
+    with pytest.raises(c.ConfigError, match=f"the chat template cannot render this conversation: {says}"):
+        render_chat(template, MESSAGES, {})
+
+
 def test_a_template_that_refuses_says_why():
     with pytest.raises(c.ConfigError, match="roles must alternate"):
         render_chat("{{ raise_exception('roles must alternate') }}", MESSAGES, {})
