@@ -128,8 +128,21 @@ def _read_grouped(left: Json) -> Json:
     left = dict(left)
     left.setdefault("num_key_value_heads", left.get("num_attention_heads"))
     if "head_dim" not in left and {"hidden_size", "num_attention_heads"} <= left.keys():
-        left["head_dim"] = left["hidden_size"] // left["num_attention_heads"]
+        left["head_dim"] = left["hidden_size"] // max(left["num_attention_heads"], 1)
     return left
+
+
+def _read_layer_kinds(left: Json, dense: int, layers: int) -> None:
+    """Takes out what repeats other fields. The indexer's fields say whether attention is sparse: releases differ on the
+    name of its layers."""
+    expected = ["dense"] * dense + ["sparse"] * (layers - dense)
+    given = left.pop("mlp_layer_types", expected)
+    if given != expected:
+        raise refused("mlp_layer_types", given, f"must be {expected}")
+    kinds = ["full_attention", *(["indexed_attention", "deepseek_sparse_attention"] if "index_topk" in left else [])]
+    given = left.pop("layer_types", kinds[:1] * layers)
+    if not isinstance(given, list) or len(given) != layers or any(kind not in kinds for kind in given):
+        raise refused("layer_types", given, f"must be {layers} times {' or '.join(kinds)}")
 
 
 def _read_latent(left: Json) -> Json:
@@ -137,14 +150,11 @@ def _read_latent(left: Json) -> Json:
     left = _rename(dict(left), "num_local_experts", "n_routed_experts")
     left.pop("head_dim", None)
     heads = left.get("num_attention_heads")
-    if left.pop("num_key_value_heads", heads) != heads:
-        raise refused("num_key_value_heads", "other", f"must be num_attention_heads={heads} with latent attention")
+    given = left.pop("num_key_value_heads", heads)
+    if given != heads:
+        raise refused("num_key_value_heads", given, f"must be num_attention_heads={heads} with latent attention")
     dense, layers = left.get("first_k_dense_replace", 0), left.get("num_hidden_layers", 0)
-    kinds = {"mlp_layer_types": ["dense"] * dense + ["sparse"] * (layers - dense)}
-    kinds["layer_types"] = [("indexed_attention" if "index_topk" in left else "full_attention")] * layers
-    for name, expected in kinds.items():
-        if left.pop(name, expected) != expected:
-            raise refused(name, "other", f"must be {expected}")
+    _read_layer_kinds(left, dense, layers)
     if dense > layers:
         left["first_k_dense_replace"] = layers
     return left
@@ -178,10 +188,13 @@ def _read_window(left: Json) -> Json:
 
 
 def _read_qwen(left: Json) -> Json:
-    """The dense layers must come first."""
-    left = _rename(_read_window(left), "num_local_experts", "num_experts")
+    """The dense layers must come first. A sliding window counts only if `use_sliding_window` is true."""
+    on = left.get("use_sliding_window", False)
+    if on and "sliding_window" not in left:
+        raise refused("use_sliding_window", on, "needs sliding_window, the width")
+    left = _rename(_read_window(left | {"use_sliding_window": on}), "num_local_experts", "num_experts")
     dense = left.pop("mlp_only_layers", [])
-    if not isinstance(dense, list) or sorted(dense) != list(range(len(dense))):
+    if not isinstance(dense, list) or set(map(str, dense)) != set(map(str, range(len(dense)))):
         raise refused("mlp_only_layers", dense, "must be the first layers: dense layers precede the others here")
     return left | {"num_dense_layers": len(dense)}
 

@@ -103,13 +103,26 @@ def _read_quantization(left: Json) -> tuple[int, int] | None:
     given = left.pop("quantization_config", None)
     if given is None:
         return None
-    block = given.get("weight_block_size")
+    block = given.get("weight_block_size") if isinstance(given, dict) else None
     well_formed = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
-    if given.get("quant_method") != "fp8" or given.get("fmt", "e4m3") != "e4m3" or not well_formed:
+    if not well_formed or given.get("quant_method") != "fp8" or given.get("fmt", "e4m3") != "e4m3":
         raise refused(
             "quantization_config", given, "we read quant_method=fp8, fmt=e4m3 with a weight_block_size of two"
         )
     return block[0], block[1]
+
+
+def _check_numbers(architecture: Architecture, left: Json) -> None:
+    """Fields that are counted or calculated with before the model as a whole is checked."""
+    for name, value in left.items():
+        path = architecture.fields.get(name)
+        if path is None and name != "num_nextn_predict_layers":
+            continue
+        if not isinstance(value, int | float):
+            raise refused(name, value, "must be a number, true or false")
+        counts = path is None or type(flatten(architecture.template).get(path)) is int
+        if counts and (type(value) is not int or value < 0):
+            raise refused(name, value, "must be of type int, 0 or more")
 
 
 def read_config(given: Json, stored_dtype: str = "float32") -> Published:
@@ -123,15 +136,13 @@ def read_config(given: Json, stored_dtype: str = "float32") -> Published:
       ConfigError: an architecture we lack, a field that is missing or unknown, or a value we do not support.
     """
     name = given.get("model_type")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ConfigError(f"config.json: model_type={name!r}: we have {', '.join(sorted(ARCHITECTURES))}")
     architecture = ARCHITECTURES[name]
     left = {k: v for k, v in given.items() if v is not None and k not in IGNORED and k != "model_type"}
-    for field_name in (architecture.fields | {"num_nextn_predict_layers": ""}).keys() & left.keys():
-        if not isinstance(left[field_name], int | float):
-            raise refused(field_name, left[field_name], "must be a number, true or false")
+    _check_numbers(architecture, left)
     dtypes = [left.pop(k) for k in ("dtype", "torch_dtype") if k in left] or [stored_dtype]
-    if dtypes[0] not in COMPUTE:
+    if not isinstance(dtypes[0], str) or dtypes[0] not in COMPUTE:
         raise refused("dtype", dtypes[0], f"must be one of {', '.join(COMPUTE)}")
     block = _read_quantization(left)
     theta, scaling, left = read_rope(left, architecture.default_theta, architecture.scales_softmax)

@@ -25,6 +25,8 @@ from dsv3_jax.interop.tensors import BIAS, Tensor, leaf_shapes
 
 CONFIG = "config.json"
 SCALE = "_scale_inv"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS = 4096  # that are compared at a time
 SHARD_BYTES = 5_000_000_000
 # What a stored tensor becomes: float16 has too small a range to train in, float8 is dequantized.
 KEPT = {
@@ -36,7 +38,7 @@ KEPT = {
 
 
 class Opened(NamedTuple):
-    """A checkpoint whose config and headers have been checked, and of which no tensor has been read yet.
+    """A checkpoint whose config and headers have been checked, and of which no tensor has been taken yet.
 
     leaves: path in our tree -> shape and dtype. What no tensor fills (the selection bias of a softmax router) is zero.
     """
@@ -69,8 +71,8 @@ def open_hf(directory: str | pathlib.Path, dtype: str | None = None) -> Opened:
     """Reads config.json and the headers, and checks that they fit each other.
 
     Raises:
-      ConfigError: no checkpoint, an unknown architecture, an unsupported field, a truncated file, or a tensor that is
-        missing, left over or of another shape.
+      ConfigError: no checkpoint, an unknown architecture, an unsupported field, a truncated file, a tensor that is
+        missing, left over or of another shape, or a head that differs from the embeddings it is tied to.
     """
     directory = pathlib.Path(directory)
     if dtype not in (None, *DTYPES):
@@ -86,7 +88,7 @@ def open_hf(directory: str | pathlib.Path, dtype: str | None = None) -> Opened:
         raise ConfigError(f"{path}: not a JSON object")
     published = read_config(given)  # before the headers: a wrong architecture is the first thing to say
     stored = open_directory(directory)
-    embedding = stored.get("model.embed_tokens.weight")
+    embedding = stored.get(EMBEDDING)
     if embedding is not None:
         published = read_config(given, KEPT[embedding.dtype].name)
     table = published.table(_prediction_layers(published, stored))
@@ -97,7 +99,29 @@ def open_hf(directory: str | pathlib.Path, dtype: str | None = None) -> Opened:
     config = published.config
     if dtype is not None:
         config.compute_dtype = dtype
-    return Opened(config, published.block, table, stored, _leaves(config, table, stored, dtype))
+    opened = Opened(config, published.block, table, stored, _leaves(config, table, stored, dtype))
+    if config.tie_embeddings and HEAD in stored:
+        _check_head(directory, opened)
+    return opened
+
+
+def _check_head(directory: pathlib.Path, opened: Opened) -> None:
+    """A head that is stored beside tied embeddings must be a copy of them."""
+    count, width = opened.stored[EMBEDDING].shape
+
+    def rows(name: str, begin: int) -> np.ndarray:
+        stored = opened.stored[name]
+        if stored.dtype == FLOAT8:
+            return opened.read(name, np.dtype(np.float32))[begin : begin + ROWS]
+        offset = stored.offset + begin * width * stored.dtype.itemsize
+        return stored._replace(offset=offset, shape=(min(ROWS, count - begin), width)).read().astype(np.float32)
+
+    for begin in range(0, count, ROWS):
+        if not np.array_equal(rows(EMBEDDING, begin), rows(HEAD, begin)):
+            raise ConfigError(
+                f"{directory}: tie_word_embeddings is true, but {HEAD} is not {EMBEDDING}; if the head is the model's "
+                "own, set tie_word_embeddings to false in config.json, else delete the tensor"
+            )
 
 
 def _prediction_layers(published: Published, stored: Collection[str]) -> int:
@@ -109,6 +133,8 @@ def _prediction_layers(published: Published, stored: Collection[str]) -> int:
 
 def _check_tensors(published: Published, table: list[Tensor], stored: dict[str, Stored]) -> None:
     expected = {tensor.name: tensor.published_shape for tensor in table}
+    if published.config.tie_embeddings and HEAD in stored:
+        expected[HEAD] = expected[EMBEDDING]
     for name in [name for name in expected if name in stored and stored[name].dtype == FLOAT8]:
         if published.block is None:
             raise ConfigError(f"tensor {name} is float8, but config.json has no quantization_config to scale it by")
@@ -120,9 +146,8 @@ def _check_tensors(published: Published, table: list[Tensor], stored: dict[str, 
         raise ConfigError(
             f"tensor {missing[0]} is missing{more}; the download is incomplete, or config.json is of another model"
         )
-    tied = ("lm_head.weight",) if published.config.tie_embeddings else ()
     for name, tensor in stored.items():
-        if name.endswith(IGNORED_TENSORS + tied):
+        if name.endswith(IGNORED_TENSORS):
             continue
         if name not in expected:
             kind = published.architecture.model_type
@@ -195,7 +220,7 @@ def load_hf(directory: str | pathlib.Path, dtype: str | None = None) -> tuple[Mo
       dtype: "float32" or "bfloat16", for the weights and for `compute_dtype`. The selection bias stays float32.
 
     Raises:
-      ConfigError: see `open_hf`. Nothing has been read then but headers.
+      ConfigError: see `open_hf`. Nothing has been loaded then.
     """
     opened = open_hf(directory, dtype)
     leaves = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in opened.leaves.items()}

@@ -67,13 +67,16 @@ def read_rope(
       ConfigError: a kind or a parameter of scaling that we cannot represent.
     """
     left = dict(given)
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(left.get(name) or {}, dict):
+            raise ConfigError(f"config.json: {name}={left[name]!r}: must be an object or null")
     rope = dict(left.pop("rope_scaling", None) or {}) | dict(left.pop("rope_parameters", None) or {})
     rope.setdefault("partial_rotary_factor", left.pop("partial_rotary_factor", 1))
     outer_theta = left.pop("rope_theta", default_theta)
     theta = rope.pop("rope_theta", outer_theta)
     if "rope_theta" in given and theta != outer_theta:
         raise ConfigError(f"config.json: rope_theta={outer_theta} and {theta} in rope_parameters; give one")
-    kinds = {rope.pop(name) for name in ("rope_type", "type") if rope.get(name) is not None} or {"default"}
+    kinds = {str(rope.pop(name)) for name in ("rope_type", "type") if rope.get(name) is not None} or {"default"}
     kind = kinds.pop()
     original = left.pop("original_max_position_embeddings", left.get("max_position_embeddings"))
     rope = {name: value for name, value in rope.items() if value is not None}
@@ -82,7 +85,8 @@ def read_rope(
             raise ConfigError(f"config.json: rope {name} must be {harmless}; RoPE of part of a head is not supported")
     if kinds or (kind != "default" and kind not in KINDS):
         raise ConfigError(f"config.json: rope type {kind!r}: must be default, {', '.join(KINDS)}")
-    for name, value in rope.items():
+    outer = {"rope_theta": theta, "original_max_position_embeddings": original or 0}
+    for name, value in (outer | rope).items():
         if not isinstance(value, int | float):
             raise ConfigError(f"config.json: rope parameter {name}={value!r}: must be a number")
     scaling = None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 
@@ -205,6 +206,7 @@ def test_windows_count_only_where_they_are_on():
     assert read_config(MIXTRAL | {"sliding_window": 4096}).config.attention.pattern == c.Windowed(4096)
     off = QWEN | {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 1}
     assert read_config(off).config.attention.pattern == c.Full()
+    assert read_config({k: v for k, v in off.items() if k != "use_sliding_window"}).config.attention.pattern == c.Full()
     on = QWEN | {"use_sliding_window": True, "sliding_window": 64}
     assert read_config(on).config.attention.pattern == c.Windowed(64)
 
@@ -213,6 +215,32 @@ def test_layers_without_experts_come_first():
     assert read_config(QWEN | {"mlp_only_layers": [0]}).config.num_dense_layers == 1
     v32 = write_config(models()["deepseek_v32"])[0]
     assert read_config(v32 | {"mlp_layer_types": ["dense", "dense", "sparse"]}).config.num_dense_layers == 2
+
+
+# File -> fields of a wrong type, and how the error names them.
+WRONG_TYPES = [
+    (LLAMA, {"quantization_config": "fp8"}, "quantization_config='fp8': we read"),
+    (LLAMA, {"rope_scaling": [1]}, r"rope_scaling=\[1\]: must be an object"),
+    (LLAMA, {"rope_parameters": "x"}, "rope_parameters='x': must be an object"),
+    (LLAMA, {"rope_parameters": {"rope_type": ["yarn"]}}, "rope type .*yarn.*: must be default"),
+    (LLAMA, {"rope_theta": "big"}, "rope_theta='big': must be a number"),
+    (LLAMA, {"original_max_position_embeddings": [1]}, r"original_max_position_embeddings=\[1\]: must be a number"),
+    (LLAMA, {"model_type": ["llama"]}, r"model_type=\['llama'\]: we have"),
+    (LLAMA, {"dtype": ["float32"]}, r"dtype=\['float32'\]: must be one of"),
+    (LLAMA, {"num_attention_heads": 0}, "num_heads"),
+    (LLAMA, {"num_hidden_layers": 2.5}, "num_hidden_layers=2.5: must be of type int"),
+    (DEEPSEEK_V3, {"num_nextn_predict_layers": 1.5}, "num_nextn_predict_layers=1.5: must be of type int"),
+    (DEEPSEEK_V3, {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers=-1: must be of type int, 0 or more"),
+    (DEEPSEEK_V3, {"first_k_dense_replace": 1.5}, "first_k_dense_replace=1.5: must be of type int"),
+    (DEEPSEEK_V3, {"num_key_value_heads": 8}, "num_key_value_heads=8: must be num_attention_heads=128"),
+    (QWEN, {"mlp_only_layers": ["a", 0]}, r"mlp_only_layers=\['a', 0\]"),
+]
+
+
+@pytest.mark.parametrize(("given", "change", "match"), WRONG_TYPES)
+def test_fields_of_a_wrong_type_are_named(given, change, match):
+    with pytest.raises(c.ConfigError, match=match):
+        read_config(given | change)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -243,6 +271,7 @@ REFUSED = {
     "more experts than there are": (DEEPSEEK_V3, {"num_experts_per_tok": 300}, "top_k=300"),
     "dense layers last": (QWEN, {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]: must be the first layers"),
     "every other layer sparse": (QWEN, {"decoder_sparse_step": 2}, "decoder_sparse_step=2: we support 1"),
+    "a window without a width": (QWEN, {"use_sliding_window": True}, "use_sliding_window=True: needs sliding_window"),
     "windows in some layers": (
         QWEN,
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
@@ -269,10 +298,18 @@ def test_normalised_weights_of_v2_are_refused():
 
 def test_layer_kinds_of_v32_must_be_those_it_has():
     given = write_config(models()["deepseek_v32"])[0]
-    read_config(given | {"layer_types": ["indexed_attention"] * 3})
-    with pytest.raises(c.ConfigError, match="layer_types"):
-        read_config(given | {"layer_types": ["full_attention"] * 3})
-    with pytest.raises(c.ConfigError, match="mlp_layer_types"):
+    expected = read_config(given)
+    for kind in ("indexed_attention", "deepseek_sparse_attention", "full_attention"):  # as releases of theirs write it
+        assert read_config(given | {"layer_types": [kind] * 3}) == expected
+    for kinds in (["sliding_attention"] * 3, ["indexed_attention"] * 2, "indexed_attention"):
+        with pytest.raises(
+            c.ConfigError, match=re.escape(f"layer_types={kinds!r}: must be 3 times full_attention or ind")
+        ):
+            read_config(given | {"layer_types": kinds})
+    v3 = write_config(models()["deepseek_v3"])[0]
+    with pytest.raises(c.ConfigError, match=r"layer_types=\['indexed_attention', .*: must be 3 times full_attention$"):
+        read_config(v3 | {"layer_types": ["indexed_attention"] * 3})
+    with pytest.raises(c.ConfigError, match=r"mlp_layer_types=\['sparse', 'dense', 'sparse'\]: must be"):
         read_config(given | {"mlp_layer_types": ["sparse", "dense", "sparse"]})
     with pytest.raises(c.ConfigError, match="has no field q_lora_rank"):
         read_config(given | {"q_lora_rank": None})

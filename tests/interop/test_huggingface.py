@@ -11,6 +11,7 @@ from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
 from dsv3_jax import config as c
+from dsv3_jax.interop import huggingface
 from dsv3_jax.interop.huggingface import flat, load_hf, save_hf
 from dsv3_jax.interop.safetensors_files import dequantize
 from dsv3_jax.interop.tensors import Tensor
@@ -228,6 +229,23 @@ def test_tied_embeddings_and_windows(tmp_path):
     config.attention.pattern = c.Windowed(7)
     save_hf(tmp_path / "windowed", config, random_variables(config))
     assert load_hf(tmp_path / "windowed")[0].attention.pattern == c.Windowed(7)
+
+
+@pytest.mark.quick
+def test_a_head_beside_tied_embeddings_is_a_copy_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "ROWS", 50)  # of 72
+    config = grouped(None, tie_embeddings=True)
+    save_hf(tmp_path, config, random_variables(config))
+    tensors, path = stored(tmp_path), tmp_path / "model.safetensors"
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding}, path)
+    assert "head" not in load_hf(tmp_path)[1]["params"]
+    other = embedding.copy()
+    other[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": other}, path)
+    refused(tmp_path, "tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
+    save_file(tensors | {"lm_head.weight": embedding[1:]}, path)
+    refused(tmp_path, r"lm_head.weight has shape \(71, 32\), config.json asks for \(72, 32\)")
 
 
 def refused(directory, match: str) -> None:
