@@ -103,9 +103,10 @@ def _read_quantization(left: Json) -> tuple[int, int] | None:
     given = left.pop("quantization_config", None)
     if given is None:
         return None
-    block = given.get("weight_block_size") if isinstance(given, dict) else None
+    known = given if isinstance(given, dict) else {}
+    block = known.get("weight_block_size")
     well_formed = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
-    if not well_formed or given.get("quant_method") != "fp8" or given.get("fmt", "e4m3") != "e4m3":
+    if known.get("quant_method") != "fp8" or known.get("fmt", "e4m3") != "e4m3" or not well_formed:
         raise refused(
             "quantization_config", given, "we read quant_method=fp8, fmt=e4m3 with a weight_block_size of two"
         )
