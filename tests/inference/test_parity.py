@@ -13,7 +13,10 @@ pytestmark = pytest.mark.slow
 NEW = 64
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "v3 yarn", "deepseek_v2", "mixtral"])
+NAMES = ["llama", "deepseek_v3", "v3 yarn", "deepseek_v32", "deepseek_v2", "qwen3_moe", "mixtral"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_64_tokens_are_the_same(name, tmp_path):
     model_type, settings = CASES[name]
     settings = settings | {"max_position_embeddings": 128}
