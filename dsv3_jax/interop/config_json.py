@@ -104,7 +104,7 @@ def _read_quantization(left: Json) -> tuple[int, int] | None:
     if given is None:
         return None
     known = given if isinstance(given, dict) else {}
-    block = known.get("weight_block_size")
+    block: Any = known.get("weight_block_size")
     well_formed = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
     if known.get("quant_method") != "fp8" or known.get("fmt", "e4m3") != "e4m3" or not well_formed:
         raise refused(
