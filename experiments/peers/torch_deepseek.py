@@ -22,8 +22,8 @@ def device() -> str:
 def make_model(config: Config) -> DeepseekV3ForCausalLM:
     """A randomly initialised model of the shapes of `config.model`."""
     published, _ = write_config(dataclasses.replace(config.model, context_length=config.data.sequence_length))
-    if published["model_type"] != "deepseek_v3" or config.model.compute_dtype != "float32":
-        raise ConfigError("the torch peer is DeepSeek-V3 in float32: config.model must be too")
+    if published["model_type"] != "deepseek_v3":
+        raise ConfigError("the torch peer is DeepSeek-V3: config.model must be too")
     return DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(published | {"use_cache": False}))
 
 
@@ -38,15 +38,19 @@ def make_train_step(config: Config, threads: int):
     )
     random = np.random.default_rng(config.train.seed)
     shape = (config.train.batch_size, config.data.sequence_length)
+    bfloat16 = config.model.compute_dtype == "bfloat16"  # over float32 masters, as ours
 
     def step() -> float:
-        tokens = torch.from_numpy(random.integers(0, config.model.vocab_size, shape)).to(device())
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
+        tokens, loss = torch.from_numpy(random.integers(0, config.model.vocab_size, shape)).to(device()), 0.0
+        for micro in tokens.chunk(config.train.microbatches):
+            with torch.autocast(device(), torch.bfloat16, enabled=bfloat16):
+                part = model(input_ids=micro, labels=micro).loss / config.train.microbatches
+            part.backward()
+            loss += float(part)
         torch.nn.utils.clip_grad_norm_(model.parameters(), adamw.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss
 
     return step
 
