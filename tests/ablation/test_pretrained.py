@@ -180,7 +180,7 @@ def test_another_table_is_refused_and_the_folder_left_as_it_is(change, folder, f
 
 def test_what_is_kept_by_hand():
     def cell(*nats):
-        return Cell("x", 8, {"a": list(nats)}, 1.0, 1, 1, 1.0)
+        return Cell("x", 8, {"a": list(nats)}, 1.0, 1, 1)
 
     value = kept(cell(1.1, 1.3), cell(1.0, 1.0), "a")
     # differences −0.1 and −0.3: mean −0.2, standard error 0.1
