@@ -16,6 +16,19 @@ def require(condition: bool, name: str, given: Any, expected: str) -> None:
         raise ConfigError(f"config.{name}={given!r}: {expected}")
 
 
+def require_positive(owner: Any, prefix: str, *names: str, minimum: float = 1) -> None:
+    """Raises `ConfigError` for the first field of `owner` below the minimum."""
+    for name in names:
+        value = getattr(owner, name)
+        require(value >= minimum, f"{prefix}.{name}", value, f"must be at least {minimum}")
+
+
+def require_one_of(owner: Any, prefix: str, name: str, choices: tuple[str, ...]) -> None:
+    """Raises `ConfigError` for a field of `owner` that is none of the choices."""
+    value = getattr(owner, name)
+    require(value in choices, f"{prefix}.{name}", value, f"must be one of {', '.join(choices)}")
+
+
 def union_members(annotation: Any) -> tuple[Any, ...]:
     """The members of a union, or the annotation alone."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

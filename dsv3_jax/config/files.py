@@ -10,9 +10,11 @@ import types
 import typing
 from typing import Any
 
+from dsv3_jax.config.attention import LearnedGlobal, Sparse
 from dsv3_jax.config.checks import ConfigError, check_types, describe, field_types, require, union_members
-from dsv3_jax.config.schema import Ablation, Config, LearnedGlobal, PretrainedAblation, Sparse
-from dsv3_jax.config.validation import pattern_members, validate_domains, validate_pattern
+from dsv3_jax.config.model_validation import pattern_members, validate_pattern
+from dsv3_jax.config.schema import Ablation, Config, PretrainedAblation
+from dsv3_jax.config.validation import validate_domains
 
 SCHEMA_VERSION = 1
 

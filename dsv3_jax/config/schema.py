@@ -1,276 +1,42 @@
-"""The dataclasses. A field that can hold several mechanisms is annotated with their union."""
+"""The dataclasses of a run. A field that can hold several mechanisms is annotated with their union."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-# Attention: projection x pattern.
-
-
-@dataclass
-class Full:
-    """Every query sees every key of its document."""
-
-    kind: ClassVar[str] = "full"
-
-
-@dataclass
-class Windowed:
-    """Windows of `window` positions begin at every multiple of `stride`; a query sees the keys it shares a window with.
-
-    stride=1 is the sliding window (query p sees keys p - window + 1 ... p), stride=window/2 overlapping windows,
-    stride=window disjoint ones. Beside them every query sees the keys at `global_positions` of its own document
-    (absolute; under causality only later queries see them) and at `global_fractions` of its length (0 the first token,
-    0.5 the middle, 1 the last; refused under causality, where the length is not known yet).
-    """
-
-    window: int = 256
-    global_positions: tuple[int, ...] = ()
-    stride: int = 1
-    global_fractions: tuple[float, ...] = ()
-    kind: ClassVar[str] = "windowed"
-
-
-@dataclass
-class TaskWindow:
-    """The window of a task; `task` is the name of a domain in training, and of `--task` in generation."""
-
-    task: str = ""
-    window: int = 256
-
-
-@dataclass
-class RuntimeWindowed:
-    """A sliding window whose size is an array, one value a token, of at most `window`: no recompilation to change it.
-
-    `tasks` names the window of each task; a task that is not named has `window`.
-    """
-
-    window: int = 4096
-    global_positions: tuple[int, ...] = ()
-    tasks: tuple[TaskWindow, ...] = ()
-    kind: ClassVar[str] = "runtime_windowed"
-
-
-@dataclass
-class Segmented:
-    """Positions are cut into segments. keys="segment": a query sees the keys of its own segment. keys="all": queries
-    are computed a segment at a time over all keys; the result is that of `Full`, the memory that of one segment."""
-
-    segment: int = 256
-    keys: str = "segment"
-    kind: ClassVar[str] = "segmented"
-
-
-@dataclass
-class LearnedGlobal:
-    """Local windows (see `Windowed`) and the `top_k` tokens that a learned gate scores best.
-
-    A query sees the best tokens of the blocks of `window` positions before its own. The log-sigmoid of the gate is
-    added to their attention scores, so that the gate is trained by what it lets through.
-    """
-
-    window: int = 64
-    stride: int = 64
-    top_k: int = 16
-    kind: ClassVar[str] = "learned_global"
-
-
-@dataclass
-class Sparse:
-    """DeepSeek sparse attention (DeepSeek-V3.2, section 2): an indexer picks `top_k` keys for each query.
-
-    stage="warmup": attention stays dense and the indexer learns to predict it; "sparse": only the picked keys are seen.
-    The indexer learns from a loss of its own, of weight `loss_weight`, and from no other.
-    """
-
-    top_k: int = 2048
-    index_heads: int = 64
-    index_dim: int = 128
-    stage: str = "sparse"
-    loss_weight: float = 1.0
-    kind: ClassVar[str] = "sparse"
-
-
-LayerPattern = Full | Windowed | RuntimeWindowed | Segmented | LearnedGlobal | Sparse
-
-
-@dataclass
-class PerLayer:
-    """Layer i has pattern i mod n of the n given ones."""
-
-    patterns: tuple[LayerPattern, ...] = field(default_factory=lambda: (Windowed(), Windowed(), Full()))
-    kind: ClassVar[str] = "per_layer"
-
-
-Pattern = LayerPattern | PerLayer
-
-
-@dataclass
-class GroupedQuery:
-    """Grouped-query attention (Ainslie et al. 2023): `num_kv_heads` keys and values shared by `num_heads` queries.
-
-    `qk_norm` normalises each query and key head before rotation (Qwen3).
-    """
-
-    num_heads: int = 4
-    num_kv_heads: int = 4
-    head_dim: int = 64
-    qk_norm: bool = False
-    kind: ClassVar[str] = "grouped_query"
-
-
-@dataclass
-class Latent:
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
-
-    `query_latent_dim=None` projects queries directly, without compression.
-    """
-
-    num_heads: int = 4
-    query_latent_dim: int | None = 128
-    latent_dim: int = 64
-    nope_head_dim: int = 32
-    rope_head_dim: int = 32
-    value_head_dim: int = 64
-    kind: ClassVar[str] = "latent"
-
-
-Projection = GroupedQuery | Latent
-
-
-@dataclass
-class LinearScaling:
-    """Positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
-
-    factor: float = 4.0
-    kind: ClassVar[str] = "linear"
-
-
-@dataclass
-class Yarn:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): slow rotations are interpolated by `factor`, fast ones kept.
-
-    With m(s) = 0.1 s ln(factor) + 1, rotations are scaled by m(mscale) / m(mscale_all_dim) and the softmax scale by
-    m(mscale_all_dim)^2, as DeepSeek-V2 and V3 do; mscale=1, mscale_all_dim=0 is the rule of the paper.
-    """
-
-    factor: float = 40.0
-    original_length: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
-    kind: ClassVar[str] = "yarn"
-
-
-@dataclass
-class Llama3Scaling:
-    """Llama 3.1's rule: wavelengths above original_length / low_factor are interpolated by `factor`, those below
-    original_length / high_factor kept, those between blended."""
-
-    factor: float = 8.0
-    original_length: int = 8192
-    low_factor: float = 1.0
-    high_factor: float = 4.0
-    kind: ClassVar[str] = "llama3"
-
-
-RopeScaling = LinearScaling | Yarn | Llama3Scaling
-
-
-WINDOWED_KERNELS = ("blocked", "reference")
-SPARSE_KERNELS = ("chunked", "reference")
-
-
-@dataclass
-class Attention:
-    """Projection, pattern, and what any of them can be combined with.
-
-    `causal=False` lets queries see later keys too (encoders). `sinks` gives each head a learned score that takes part
-    in the softmax and has no value (gpt-oss). `softcap` bounds scores: c tanh(s / c) (Gemma 2). `implementation` names
-    a kernel of `kernels/windowed_attention` or `kernels/sparse_attention`; None picks the fastest that applies.
-    """
-
-    projection: Projection = field(default_factory=Latent)
-    pattern: Pattern = field(default_factory=Full)
-    causal: bool = True
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    sinks: bool = False
-    softcap: float | None = None
-    implementation: str | None = None
-
-
-# Mixture of experts: router x experts x dispatch.
-
-
-@dataclass
-class GroupedSigmoid:
-    """The published DeepSeek-V3 router (arXiv:2412.19437, section 2.1.2).
-
-    Sigmoid scores; the best `top_groups` of `num_groups` groups by the sum of their two best biased scores; the best
-    `top_k` experts of those groups by biased score; weights from the unbiased scores, normalised, times `route_scale`.
-    `bias_update_rate` moves each selection bias towards balance after a step; `balance_weight` is the weight of the
-    sequence-wise balance loss.
-    """
-
-    top_k: int = 4
-    num_groups: int = 4
-    top_groups: int = 2
-    route_scale: float = 2.5
-    normalize_weights: bool = True
-    bias_update_rate: float = 1e-3
-    balance_weight: float = 1e-4
-    kind: ClassVar[str] = "grouped_sigmoid"
-
-
-@dataclass
-class Softmax:
-    """Softmax scores; the best `top_k` experts of the best `top_groups` groups, a group scored by its best expert
-    (DeepSeek-V2, arXiv:2405.04434, section 2.2; one group: Mixtral, Qwen3). The other fields as in `GroupedSigmoid`."""
-
-    top_k: int = 2
-    num_groups: int = 1
-    top_groups: int = 1
-    route_scale: float = 1.0
-    normalize_weights: bool = True
-    bias_update_rate: float = 0.0
-    balance_weight: float = 1e-2
-    kind: ClassVar[str] = "softmax"
-
-
-@dataclass
-class DenseDispatch:
-    """Every expert sees every token: the oracle. Costs num_experts / top_k times the work."""
-
-    kind: ClassVar[str] = "dense"
-
-
-@dataclass
-class GroupedDispatch:
-    """Sort tokens by expert, then one grouped matmul. Dropless. `implementation=None` picks by platform."""
-
-    implementation: str | None = None
-    kind: ClassVar[str] = "grouped"
-
-
-Router = GroupedSigmoid | Softmax
-Dispatch = DenseDispatch | GroupedDispatch
-
-
-@dataclass
-class MixtureOfExperts:
-    """`num_experts` routed SwiGLU experts of width `expert_dim`, and `num_shared_experts` that see every token."""
-
-    num_experts: int = 16
-    expert_dim: int = 128
-    num_shared_experts: int = 1
-    router: Router = field(default_factory=GroupedSigmoid)
-    dispatch: Dispatch = field(default_factory=GroupedDispatch)
-
+from dsv3_jax.config.attention import Attention, Pattern
+from dsv3_jax.config.experts import MixtureOfExperts
 
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class UnitGate:
+    """Dynamic sparse activation: a small MLP of `gate_dim` units before every dense MLP and shared expert switches
+    blocks of their units on and off, token by token.
+
+    `blocks` blocks of units; in training by straight-through Gumbel-softmax samples at `temperature` (Jang et al. 2017,
+    arXiv:1611.01144), otherwise on where the gate is above 0. `budget_weight` is the weight of a loss that holds the
+    mean share of each sequence at `target`.
+    """
+
+    blocks: int = 16
+    gate_dim: int = 16
+    target: float = 0.7
+    budget_weight: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclass
+class MultiToken:
+    """Multi-token prediction (arXiv:2412.19437, section 2.2): `depth` more blocks, each predicting one token further,
+    with the shared embedding and head. Their losses weigh `weight` / depth, from step `late_step` on `late_weight`
+    / depth (none: never)."""
+
+    depth: int = 1
+    weight: float = 0.3
+    late_weight: float = 0.1
+    late_step: int | None = None
 
 
 @dataclass
@@ -289,6 +55,8 @@ class ModelConfig:
     dense_dim: int = 768
     attention: Attention = field(default_factory=Attention)
     moe: MixtureOfExperts | None = field(default_factory=MixtureOfExperts)
+    mtp: MultiToken | None = None
+    unit_gate: UnitGate | None = None
     tie_embeddings: bool = False
     norm_epsilon: float = 1e-6
     init_std: float | None = None
@@ -453,6 +221,35 @@ class AdamW:
 
 
 @dataclass
+class Expansion:
+    """Training begins with `initial_experts` of `moe.num_experts`; at each of `steps` the number doubles.
+
+    A new expert is a copy of an old one, optimizer state included, with a selection bias so low that nothing changes;
+    over the next `ramp_steps` steps the bias rises to that of its parent.
+    """
+
+    initial_experts: int = 8
+    steps: tuple[int, ...] = (100,)
+    ramp_steps: int = 20
+    kind: ClassVar[str] = "expansion"
+
+
+@dataclass
+class AddedExpert:
+    """The last of `moe.num_experts` is new: a run that starts from a model with one expert less (`--init_from`) adds it
+    to mixture-of-experts layer `layer` alone (counted from 0 among these), as a copy of expert `parent`, and trains
+    nothing else. Its selection bias rises to that of its parent over `ramp_steps` steps."""
+
+    layer: int = 0
+    parent: int = 0
+    ramp_steps: int = 20
+    kind: ClassVar[str] = "added_expert"
+
+
+Growth = Expansion | AddedExpert
+
+
+@dataclass
 class TrainConfig:
     """`num_steps` only says when to stop; the schedule has its own length. Intervals are in steps, 0 switches off.
 
@@ -466,6 +263,7 @@ class TrainConfig:
     optimizer: AdamW = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Cosine)
     trainable: tuple[str, ...] = ()
+    growth: Growth | None = None
     log_every: int = 1
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
