@@ -23,6 +23,8 @@ def grouped_experts(
     w_in_ED2F: jax.Array,
     w_out_EFD: jax.Array,
     implementation: str | None = None,
+    *,
+    combine: bool = True,
 ) -> jax.Array:
     """y_p = Σ_k weights_pk · expert_{experts_pk}(x_p), dropless, each expert a SwiGLU.
 
@@ -42,4 +44,4 @@ def grouped_experts(
         raise ConfigError(
             f"config.model.moe.dispatch.implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[name](x_PD, weights_PK, experts_PK, w_in_ED2F, w_out_EFD)
+    return IMPLEMENTATIONS[name](x_PD, weights_PK, experts_PK, w_in_ED2F, w_out_EFD, combine=combine)

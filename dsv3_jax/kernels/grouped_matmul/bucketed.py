@@ -4,7 +4,7 @@ XLA runs a batched matmul with equal group sizes at the speed of a plain one on 
 So the first `capacity` assignments of every expert are gathered into [E, capacity, D]; the assignments beyond, of the
 fuller experts, follow in blocks, in a loop whose number of trips is known at run time. None is dropped; the work is at
 most capacity · E + N + BLOCK · E rows, however unbalanced. The combination weights scale the hidden units,
-so that both products and both gathers see each assignment once.
+so that both products and both gathers see each assignment once. An absent assignment takes no slot and no block.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.ops.dispatch import swiglu, swiglu_backward
+from dsv3_jax.ops.dispatch import sort_by_expert, swiglu, swiglu_backward
 
 HEADROOM = 1.1  # bucket capacity / mean assignments an expert
 FEW_TOKENS = 8  # up to here reading weights is what costs: buckets that hold every token leave nothing to a loop
@@ -37,19 +37,18 @@ class _Layout(NamedTuple):
     blocks_E: jax.Array
 
 
-def _layout(experts_PK: jax.Array, num_experts: int) -> _Layout:
+def _capacity(P: int, K: int, E: int) -> int:
+    """Slots of a bucket. A token's experts are distinct: none gets more than P."""
+    return P if P <= FEW_TOKENS else min(P, max(1, round(HEADROOM * P * K / E)))
+
+
+def _layout(experts_PK: jax.Array, num_experts: int, capacity: int) -> _Layout:
     expert_N = experts_PK.reshape(-1)
     (N,) = expert_N.shape
-    P = len(experts_PK)  # a token's experts are distinct: no expert gets more
-    capacity = P if P <= FEW_TOKENS else min(P, max(1, round(HEADROOM * N / num_experts)))
     block = min(N, BLOCK)
-    order_N = jnp.argsort(expert_N, stable=True)
-    sizes_E = jnp.sum(jax.nn.one_hot(expert_N, num_experts, dtype=jnp.int32), axis=0)
-    end_E = jnp.cumsum(sizes_E)
-    start_E = end_E - sizes_E
+    order_N, _, rank_N, start_E, sizes_E = sort_by_expert(expert_N, num_experts)
     slot_c = jnp.arange(capacity)
     row_Ec = jnp.minimum(start_E[:, None] + slot_c, N - 1)
-    rank_N = jnp.zeros(N, jnp.int32).at[order_N].set(jnp.arange(N, dtype=jnp.int32)) - start_E[expert_N]
     blocks_E = -(-jnp.maximum(sizes_E - capacity, 0) // block)
     total_E = jnp.cumsum(blocks_E)
     return _Layout(
@@ -57,9 +56,9 @@ def _layout(experts_PK: jax.Array, num_experts: int) -> _Layout:
         assignment_Ec=order_N[row_Ec],
         used_Ec=slot_c < sizes_E[:, None],
         slot_PK=(expert_N * capacity + jnp.minimum(rank_N, capacity - 1)).reshape(experts_PK.shape),
-        fits_PK=(rank_N < capacity).reshape(experts_PK.shape),
+        fits_PK=((expert_N < num_experts) & (rank_N < capacity)).reshape(experts_PK.shape),
         first_E=start_E + capacity - block * (total_E - blocks_E),
-        end_E=end_E,
+        end_E=start_E + sizes_E,
         blocks_E=total_E,
     )
 
@@ -85,17 +84,28 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(x, index, axis=0, mode="clip")
 
 
-@jax.custom_vjp
 def bucketed_experts(
-    x_PD: jax.Array, weights_PK: jax.Array, experts_PK: jax.Array, w_in_ED2F: jax.Array, w_out_EFD: jax.Array
+    x_PD: jax.Array,
+    weights_PK: jax.Array,
+    experts_PK: jax.Array,
+    w_in_ED2F: jax.Array,
+    w_out_EFD: jax.Array,
+    *,
+    combine: bool = True,
 ) -> jax.Array:
-    """See `api.grouped_experts`."""
-    return _forward(x_PD, weights_PK, experts_PK, w_in_ED2F, w_out_EFD)[0]
+    """See `api.grouped_experts`. Uncombined, every assignment is a token of its own, with one expert of weight 1."""
+    (P, K), E, D = experts_PK.shape, *w_in_ED2F.shape[:2]
+    capacity = _capacity(P, K, E)
+    if combine:
+        return _combined_experts(capacity, x_PD, weights_PK, experts_PK, w_in_ED2F, w_out_EFD)
+    x_ND, experts_N1 = jnp.repeat(x_PD, K, axis=0), experts_PK.reshape(P * K, 1)
+    ones_N1 = jnp.ones_like(experts_N1, x_PD.dtype)
+    return _combined_experts(capacity, x_ND, ones_N1, experts_N1, w_in_ED2F, w_out_EFD).reshape(P, K, D)
 
 
-def _forward(x_PD, weights_PK, experts_PK, w_in_ED2F, w_out_EFD):
+def _forward(capacity, x_PD, weights_PK, experts_PK, w_in_ED2F, w_out_EFD):
     D, K = x_PD.shape[1], experts_PK.shape[1]
-    layout = _layout(experts_PK, w_in_ED2F.shape[0])
+    layout = _layout(experts_PK, w_in_ED2F.shape[0], capacity)
     weights_N = weights_PK.reshape(-1).astype(x_PD.dtype)
     weights_Ec = jnp.where(layout.used_Ec, weights_N[layout.assignment_Ec], 0)
     x_EcD = _take(x_PD, layout.assignment_Ec // K)
@@ -114,7 +124,11 @@ def _forward(x_PD, weights_PK, experts_PK, w_in_ED2F, w_out_EFD):
     return y_PD, (x_PD, weights_PK, layout, w_in_ED2F, w_out_EFD, gate_up_Ec2F)
 
 
-def _backward(saved, dy_PD):
+def _output(*args) -> jax.Array:
+    return _forward(*args)[0]
+
+
+def _backward(_, saved, dy_PD):
     x_PD, weights_PK, layout, w_in_ED2F, w_out_EFD, gate_up_Ec2F = saved
     (P, K), D = weights_PK.shape, x_PD.shape[1]
     weights_N = weights_PK.reshape(-1).astype(x_PD.dtype)
@@ -149,4 +163,5 @@ def _backward(saved, dy_PD):
     return dx_PD, dweights_N.reshape(P, K).astype(weights_PK.dtype), None, dw_in_ED2F, dw_out_EFD
 
 
-bucketed_experts.defvjp(_forward, _backward)
+_combined_experts = jax.custom_vjp(_output, nondiff_argnums=(0,))
+_combined_experts.defvjp(_forward, _backward)
