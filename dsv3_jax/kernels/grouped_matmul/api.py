@@ -16,6 +16,11 @@ IMPLEMENTATIONS = {
 }
 
 
+def default_implementation() -> str:
+    """The name of what `grouped_experts` picks here."""
+    return "bucketed" if jax.default_backend() == "cpu" else "ragged_dot"
+
+
 def grouped_experts(
     x_PD: jax.Array,
     weights_PK: jax.Array,
@@ -39,7 +44,7 @@ def grouped_experts(
     Raises:
       ConfigError: an unknown implementation.
     """
-    name = implementation or ("bucketed" if jax.default_backend() == "cpu" else "ragged_dot")
+    name = implementation or default_implementation()
     if name not in IMPLEMENTATIONS:
         raise ConfigError(
             f"config.model.moe.dispatch.implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}"
