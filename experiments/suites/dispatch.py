@@ -69,7 +69,7 @@ def contenders(shape: Shape) -> dict[str, Callable]:
     def capacity(x_PD, weights_PK, experts_PK, w_in, w_out):
         slots = capacity_of(FACTOR, T, K, E)
         x_BTD, weights_BTK, experts_BTK = (a.reshape(B, T, -1) for a in (x_PD, weights_PK, experts_PK))
-        keep_BTK = within_capacity(experts_BTK, E, slots, jjnp.ones((B, T), bool))
+        keep_BTK = within_capacity(experts_BTK, E, slots, jnp.ones((B, T), bool))
         y_BTD = capacity_dispatch(x_BTD, weights_BTK, jnp.where(keep_BTK, experts_BTK, E), w_in, w_out, slots)
         return y_BTD.reshape(x_PD.shape)
 
