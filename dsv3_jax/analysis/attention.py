@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import LearnedGlobal, ModelConfig, Sparse
-from dsv3_jax.layers.attention import make_packing
 from dsv3_jax.layers.block import Block
 from dsv3_jax.layers.common import RMSNorm
 from dsv3_jax.layers.indexer import Gate, Indexer
+from dsv3_jax.layers.inputs import make_packing
 from dsv3_jax.layers.projections import Heads, make_projection, softmax_scale
 from dsv3_jax.models.stack import layer_groups, unstack_layers
 from dsv3_jax.ops import attention as ops

@@ -18,6 +18,7 @@ from dsv3_jax.ops.patterns import layer_patterns, task_windows
 NO_TOKEN = -1  # stands where a row has ended
 STEPS_A_CALL = 32
 SMALLEST_BUCKET = 16
+FLOAT32_WEIGHTS = ("w_router", "w_condition", "w_gate_in", "w_gate_out")  # layers use them as they are
 
 
 def bucket(length: int) -> int:
@@ -38,7 +39,7 @@ def compute_weights(config: ModelConfig, variables: Any) -> Any:
 
     def place(path: tuple[Any, ...], x: Any) -> jax.Array:
         name = path[-1].key
-        is_matrix = name in ("embedding", "head") or (name.startswith("w_") and name != "w_router")
+        is_matrix = name in ("embedding", "head") or (name.startswith("w_") and name not in FLOAT32_WEIGHTS)
         return jnp.asarray(x, config.compute_dtype if is_matrix else jnp.float32)
 
     used = {name: variables[name] for name in ("params", "selection_bias") if name in variables}

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 
 from dsv3_jax import axes
 from dsv3_jax.config import LayerPattern, LearnedGlobal, ModelConfig, Sparse
@@ -11,42 +10,13 @@ from dsv3_jax.kernels.sparse_attention import sparse_attention
 from dsv3_jax.kernels.windowed_attention import windowed_attention
 from dsv3_jax.layers.common import parameter, weight
 from dsv3_jax.layers.indexer import Gate, Indexer
-from dsv3_jax.layers.projections import Heads, make_projection, rotated_width, softmax_scale, stored_keys_values
+from dsv3_jax.layers.inputs import CacheStep, Packing
+from dsv3_jax.layers.projections import Heads, make_projection, softmax_scale, stored_keys_values
 from dsv3_jax.ops.attention import add_sink, reference_attention
 from dsv3_jax.ops.caches import LayerCache, cache_layout, fill, slot_positions, write
 from dsv3_jax.ops.indexing import Index, index_scores
 from dsv3_jax.ops.patterns import Place, local_mask, visible
-from dsv3_jax.ops.rope import RopeTable, rope_table
 from dsv3_jax.sharding import constrain
-
-
-@struct.dataclass
-class CacheStep:
-    """What a call adds to a cache: length_B, the tokens of each row after it, and the cache's static sizes."""
-
-    length_B: jax.Array
-    max_length: int = struct.field(pytree_node=False)
-    step: int = struct.field(pytree_node=False)
-    fresh: bool = struct.field(pytree_node=False)
-
-
-@struct.dataclass
-class Packing:
-    """Where the tokens of a batch stand (see `ops.patterns`), their rotations, and the cache that they go on from."""
-
-    place: Place
-    rope: RopeTable
-    max_segments: int = struct.field(pytree_node=False, default=16)
-    cache_step: CacheStep | None = None
-
-
-def make_packing(
-    config: ModelConfig, place: Place, max_segments: int = 16, cache_step: CacheStep | None = None
-) -> Packing:
-    """The packing of a batch, with the rotations that the config's projection needs."""
-    attention = config.attention
-    rope = rope_table(place.position_BT, rotated_width(attention), attention.rope_theta, attention.rope_scaling)
-    return Packing(place, rope, max_segments, cache_step)
 
 
 class Attention(nn.Module):

@@ -7,8 +7,10 @@ from flax import linen as nn
 
 from dsv3_jax import axes
 from dsv3_jax.config import LayerPattern, MixtureOfExperts, ModelConfig
-from dsv3_jax.layers.attention import Attention, Packing
-from dsv3_jax.layers.common import RMSNorm, SwiGLU
+from dsv3_jax.layers.attention import Attention
+from dsv3_jax.layers.common import RMSNorm
+from dsv3_jax.layers.inputs import Packing
+from dsv3_jax.layers.mlp import SwiGLU
 from dsv3_jax.layers.moe import MoE
 from dsv3_jax.ops.caches import LayerCache
 from dsv3_jax.ops.routing import Routing
@@ -16,10 +18,11 @@ from dsv3_jax.sharding import constrain
 
 
 class BlockOutput(NamedTuple):
-    """Beside x: the routing (None if dense), sums of the loss terms of attention, and the new cache (None if none)."""
+    """Beside x: the routing (None if dense); unweighted loss terms and statistics, summed over sequences or tokens; and
+    the new cache (None if none)."""
 
     routing: Routing | None
-    losses: dict[str, jax.Array]
+    sums: dict[str, jax.Array]
     cache: LayerCache | None
 
 
@@ -36,11 +39,13 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, BlockOutput]:
         config, routing = self.config, None
         normed_BTD = RMSNorm(config.norm_epsilon, name="attention_norm")(x_BTD)
-        y_BTD, losses, cache = Attention(config, self.pattern, name="attention")(normed_BTD, packing, cache)
+        y_BTD, sums, cache = Attention(config, self.pattern, name="attention")(normed_BTD, packing, cache)
         x_BTD += y_BTD
         normed_BTD = RMSNorm(config.norm_epsilon, name="mlp_norm")(x_BTD)
         if self.moe is None:
-            y_BTD = SwiGLU(config, config.dense_dim, name="mlp")(normed_BTD)
+            y_BTD, more = SwiGLU(config, config.dense_dim, name="mlp")(normed_BTD, packing)
         else:
-            y_BTD, routing = MoE(config, self.moe, name="moe")(normed_BTD, packing.place.segment_BT > 0)
-        return constrain(x_BTD + y_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED)), BlockOutput(routing, losses, cache)
+            y_BTD, routing, more = MoE(config, self.moe, name="moe")(normed_BTD, packing)
+            more |= routing.sums
+        output = BlockOutput(routing, sums | more, cache)
+        return constrain(x_BTD + y_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED)), output

@@ -1,4 +1,4 @@
-"""Weights, norm and MLP that every block uses."""
+"""Weights and norm that every block uses."""
 
 from typing import cast
 
@@ -8,8 +8,6 @@ from flax import linen as nn
 
 from dsv3_jax import axes
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.ops.dispatch import swiglu
-from dsv3_jax.sharding import constrain
 
 
 def parameter(
@@ -53,19 +51,3 @@ class RMSNorm(nn.Module):
         x32 = x_BTD.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
         return (x32 * inverse * scale_D).astype(x_BTD.dtype)
-
-
-class SwiGLU(nn.Module):
-    """(silu(x W_gate) · x W_up) W_down, of width `hidden_dim`."""
-
-    config: ModelConfig
-    hidden_dim: int
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        D, F = self.config.dim, self.hidden_dim
-        w_in_D2F = weight(self, self.config, "w_in", (D, 2, F), (axes.FSDP_EMBED, None, axes.MLP), D)
-        w_out_FD = weight(self, self.config, "w_out", (F, D), (axes.MLP, axes.FSDP_EMBED), F, residual=True)
-        hidden_BTF = swiglu(jnp.einsum("BTD,DxF->BTxF", x_BTD, w_in_D2F))
-        hidden_BTF = constrain(hidden_BTF, (axes.BATCH, axes.LENGTH, axes.MLP))
-        return jnp.einsum("BTF,FD->BTD", hidden_BTF, w_out_FD)

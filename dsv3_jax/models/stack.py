@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import MixtureOfExperts, ModelConfig
-from dsv3_jax.layers.attention import Packing
 from dsv3_jax.layers.block import Block, BlockOutput
+from dsv3_jax.layers.inputs import Packing
 from dsv3_jax.ops.caches import LayerCache
 from dsv3_jax.ops.patterns import layer_patterns
 
@@ -77,13 +77,14 @@ def run_layers(
     """Runs a group of layers. Each collection of `variables` is stacked on a leading axis, or a tuple of layers.
 
     A scan over the period of the patterns; layer by layer with caches, which are updated in place, one array a layer.
-    Routing and losses come back with a leading layer axis, caches as a tuple.
+    Routing and sums come back with a leading layer axis, caches as a tuple.
     """
     cycle = layer_patterns(config.attention.pattern)
     patterns = [cycle[(group.first + i) % len(cycle)] for i in range(group.count)]
 
-    def run_block(pattern, x_BTD, variables, cache=None):
-        return Block(config, group.moe, pattern, parent=None).apply(variables, x_BTD, packing, cache)
+    def run_block(pattern, x_BTD, variables, layer, cache=None):
+        block = Block(config, group.moe, pattern, parent=None)
+        return block.apply(variables, x_BTD, packing.at_layer(layer), cache)
 
     if config.remat != "none":
         # prevent_cse: not needed inside a scan, and it costs; an unrolled scan needs it.
@@ -96,24 +97,25 @@ def run_layers(
         outputs: list[Any] = []
         for i, pattern in enumerate(patterns):
             own = {name: _layer(tree, i) for name, tree in variables.items()}
-            x_BTD, output = run_block(pattern, x_BTD, own, None if caches is None else caches[i])
+            x_BTD, output = run_block(pattern, x_BTD, own, group.first + i, None if caches is None else caches[i])
             outputs.append(output)
         new_caches = None if caches is None else tuple(output.cache for output in outputs)
         stacked = _stack([output._replace(cache=None) for output in outputs])
         return x_BTD, stacked._replace(cache=new_caches)
 
-    def run_slots(x_BTD, variables, count):
-        outputs = []
-        for pattern, own in zip(patterns, _cut(variables, count)):
-            x_BTD, output = run_block(pattern, x_BTD, own)
+    def run_slots(x_BTD, slots, count):
+        """Layers that follow each other, each with the pattern of its place in the period."""
+        variables, layers, outputs = *slots, []
+        for i, (pattern, own) in enumerate(zip(patterns, _cut(variables, count))):
+            x_BTD, output = run_block(pattern, x_BTD, own, layers[i])
             outputs.append(output)
         return x_BTD, _stack(outputs)
 
     n = len(cycle)
     whole, rest = divmod(group.count, n)
-    parts, outputs = jax.tree.map(lambda x: jnp.split(x, [whole * n]), variables), []
-    head = jax.tree.map(lambda _, part: part[0], variables, parts)
-    tail = jax.tree.map(lambda _, part: part[1], variables, parts)
+    slots, outputs = (variables, group.first + jnp.arange(group.count)), []
+    head = jax.tree.map(lambda x: x[: whole * n], slots)
+    tail = jax.tree.map(lambda x: x[whole * n :], slots)
     if whole:
         periods = jax.tree.map(lambda x: x.reshape(whole, n, *x.shape[1:]), head)
         x_BTD, output = jax.lax.scan(lambda x, own: run_slots(x, own, n), x_BTD, periods, unroll=whole if unroll else 1)

@@ -1,17 +1,19 @@
 """The language model."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dsv3_jax import axes
 from dsv3_jax.config import Config, ConfigError, LearnedGlobal, ModelConfig, Sparse
-from dsv3_jax.layers.attention import CacheStep, Packing, make_packing
 from dsv3_jax.layers.block import Block, BlockOutput
 from dsv3_jax.layers.common import RMSNorm, parameter
+from dsv3_jax.layers.inputs import CacheStep, Packing, make_packing
 from dsv3_jax.layers.moe import BIAS_COLLECTION
 from dsv3_jax.layers.projections import stored_shapes
 from dsv3_jax.models.stack import LayerGroup, layer_groups, run_layers
@@ -24,13 +26,13 @@ from dsv3_jax.sharding import constrain
 
 class TransformerOutput(NamedTuple):
     """logits_BTV float32 (None if not asked for); hidden_BTD after the final norm; routing with a leading layer axis
-    over the mixture-of-experts layers (None if there are none); losses of learned patterns, summed over real tokens and
-    layers, by name; the new cache if one was given."""
+    over the mixture-of-experts layers (None if there are none); sums, unweighted loss terms and statistics summed over
+    sequences or real tokens, and layers, by name; the new cache if one was given."""
 
     logits_BTV: jax.Array | None
     hidden_BTD: jax.Array
     routing: Routing | None
-    losses: dict[str, jax.Array]
+    sums: dict[str, jax.Array]
     cache: Cache | None = None
 
 
@@ -47,6 +49,8 @@ class Transformer(nn.Module):
         segment_ids_BT: jax.Array | None = None,
         *,
         window_BT: jax.Array | None = None,
+        condition: jax.Array | None = None,
+        key_B: jax.Array | None = None,
         cache: Cache | None = None,
         num_tokens_B: jax.Array | None = None,
         max_segments: int = 16,
@@ -57,6 +61,9 @@ class Transformer(nn.Module):
         Args:
           positions_BT, segment_ids_BT: see `ops.patterns`. Default: each row is one document.
           window_BT: for layers whose window is set at run time, the window of each query, at most the pattern's.
+          condition: what routers with a condition know of each token: int32 [B, T], 1 + its index in
+            `config.moe.condition.tasks`, 0 for any other task; or embeddings [B, T, dim]. Default: 0.
+          key_B: a random key a row, for noise, dropout and sampled gates; None, as in evaluation, for none of these.
           cache: from `make_cache` or from the last call: the tokens go on where each row stands. The first call may
             bring any number of tokens, later ones at most `cache.step` of them.
           num_tokens_B: with a cache, the real tokens of each row; the rest of the row is padding. Default: all. A row
@@ -72,12 +79,15 @@ class Transformer(nn.Module):
         x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.compute_dtype)
         x_BTD = constrain(x_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED))
 
-        routing, losses, caches = None, {}, ()
+        condition_BTC = self._condition(tokens_BT, condition)
+        packing = dataclasses.replace(packing, condition_BTC=condition_BTC, key_B=key_B)
+
+        routing, sums, caches = None, {}, ()
         for group in layer_groups(config):
             before = None if cache is None else cache.layers[group.first : group.first + group.count]
             x_BTD, output = self._layers(group, x_BTD, packing, before)
             routing = output.routing or routing
-            losses = {name: jnp.sum(value) + losses.get(name, 0.0) for name, value in output.losses.items()}
+            sums |= {name: jnp.sum(value) + sums.get(name, 0.0) for name, value in output.sums.items()}
             caches += output.cache or ()
         hidden_BTD = RMSNorm(config.norm_epsilon, name="final_norm")(x_BTD)
         if cache is not None and packing.cache_step is not None:  # a full cache has lost tokens: never a wrong result
@@ -98,7 +108,24 @@ class Transformer(nn.Module):
         if cache is not None and packing.cache_step is not None:
             length_B = packing.cache_step.length_B
             cache = dataclasses.replace(cache, length_B=length_B, layers=caches, fresh=False)
-        return TransformerOutput(logits_BTV, hidden_BTD, routing, losses, cache)
+        return TransformerOutput(logits_BTV, hidden_BTD, routing, sums, cache)
+
+    def _condition(self, tokens_BT: jax.Array, condition: jax.Array | None) -> jax.Array | None:
+        """Embeddings of the tasks, unless the caller brought embeddings of its own."""
+        moe = self.config.moe
+        if moe is None or moe.condition is None:
+            if condition is not None:
+                raise ValueError("condition was given, and config.moe.condition is none: no router would see it")
+            return None
+        width, rows = moe.condition.dim, len(moe.condition.tasks) + 1
+        table_NC = parameter(self, "condition_embedding", nn.initializers.normal(1.0), (rows, width), (None, None))
+        if condition is None:
+            condition = jnp.zeros(tokens_BT.shape, jnp.int32)
+        if jnp.issubdtype(condition.dtype, jnp.integer):
+            condition = jnp.take(table_NC, condition, axis=0)
+        if condition.shape != (*tokens_BT.shape, width):
+            raise ValueError(f"condition has shape {condition.shape}, expected {(*tokens_BT.shape, width)}")
+        return condition
 
     def _packing(
         self, tokens_BT, positions_BT, segment_ids_BT, window_BT, cache: Cache | None, num_tokens_B, max_segments
@@ -178,18 +205,32 @@ def head_weight(config: ModelConfig, params: Any) -> jax.Array:
     return head_DV.astype(config.compute_dtype)
 
 
-def summed_loss(config: Config, variables: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, TransformerOutput]:
+def task_conditions(config: ModelConfig, tasks: Sequence[str]) -> np.ndarray | None:
+    """The condition of each task, int32: 0 for one that the config does not name; None if no router has a condition."""
+    if config.moe is None or config.moe.condition is None:
+        return None
+    known = config.moe.condition.tasks
+    return np.asarray([1 + known.index(task) if task in known else 0 for task in tasks], np.int32)
+
+
+def summed_loss(
+    config: Config, variables: Any, batch: dict[str, jax.Array], key_B: jax.Array | None = None
+) -> tuple[jax.Array, TransformerOutput]:
     """Σ over the real tokens of a packed batch of −log p(target), in nats, float32; and the output, without logits.
 
-    Where a pattern names a window for each task, a token's task is its domain.
+    Where a pattern or a router knows tasks, a token's task is its domain. `key_B` as `Transformer` takes it.
     """
-    window_D = task_windows(config.model.attention.pattern, [domain.name for domain in config.data.domains])
+    domains = [domain.name for domain in config.data.domains]
+    window_D = task_windows(config.model.attention.pattern, domains)
+    condition_D = task_conditions(config.model, domains)
     output = Transformer(config.model).apply(
         variables,
         batch["tokens"],
         batch["positions"],
         batch["segment_ids"],
         window_BT=None if window_D is None else jnp.asarray(window_D)[batch["domain"]],
+        condition=None if condition_D is None else jnp.asarray(condition_D)[batch["domain"]],
+        key_B=key_B,
         max_segments=config.data.max_segments,
         return_logits=False,
     )

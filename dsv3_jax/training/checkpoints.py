@@ -52,14 +52,15 @@ class Checkpoints:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def restore(self, trainer: Trainer, iterator: Any) -> TrainState:
-        """The newest state, on the trainer's mesh; moves `iterator` to where it was."""
+    def restore(self, trainer: Trainer, iterator: Any, seed: int) -> TrainState:
+        """The newest state of the run of that seed, on the trainer's mesh; moves `iterator` to where it was."""
         abstract = trainer.abstract_state()
         optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
         parts = {"variables": abstract.variables(), "optimizer": optimizer, "data": iterator}
         loaded = self._inner.load_checkpointables(self.latest_step(), parts)
         return TrainState(
             step=loaded["optimizer"]["step"],
+            seed=jax.device_put(np.uint32(seed), abstract.seed.sharding),
             params=loaded["variables"]["params"],
             selection_bias=loaded["variables"]["selection_bias"],
             opt_state=loaded["optimizer"]["opt_state"],

@@ -23,6 +23,7 @@ from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.conversion import published_tokenizer
 from dsv3_jax.training.sources import Source, check_fit, open_source, take
 from dsv3_jax.training.step import Trainer, TrainState
+from dsv3_jax.training.terms import term_weights
 
 
 class TrainingError(RuntimeError):
@@ -250,7 +251,7 @@ def _check_source(init_from: str, config: Config, trainer: Trainer, dataset: Dat
 def _start(trainer: Trainer, checkpoints: Checkpoints, iterator: Any, seed: int, source: Source | None) -> TrainState:
     """The newest checkpoint, or a fresh state, with the weights of another model if asked."""
     if checkpoints.latest_step() is not None:
-        return checkpoints.restore(trainer, iterator)
+        return checkpoints.restore(trainer, iterator, seed)
     state = trainer.init(seed)
     if source is None:
         return state
@@ -314,7 +315,7 @@ def _run(
     stop: StopSignal,
 ) -> tuple[TrainState, int]:
     """Steps until the last one or until asked to stop; logs, evaluates and saves where it is due."""
-    settings, weights, last = config.train, trainer.term_weights(), config.train.num_steps
+    settings, last = config.train, config.train.num_steps
     step = int(state.step)
     log, progress = MetricsLog(workdir, step), Progress(last)
     try:
@@ -331,7 +332,7 @@ def _run(
             # A state is checked before it is saved.
             if _due(step, settings.log_every, last) or evaluate_now or save_now or ending:
                 metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-                check_terms(step, metrics, weights)
+                check_terms(step, metrics, term_weights(config, step - 1))
                 seconds = clock.seconds()
                 metrics["tokens_per_second"] = clock.tokens / seconds
                 metrics["tokens_seen"] = log.tokens_seen + clock.tokens

@@ -25,8 +25,8 @@ def make_schedule(schedule: Schedule, peak: float) -> optax.Schedule:
 
 
 def is_matrix(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter is a matrix inside the network: everything but norm scales, biases and the embedding."""
-    return not is_vector(path) and path[-1].key != "embedding"
+    """Whether a parameter is a matrix inside the network: everything but norm scales, biases and embeddings."""
+    return not is_vector(path) and not path[-1].key.endswith("embedding")
 
 
 def is_vector(path: tuple[Any, ...]) -> bool:

@@ -1,33 +1,45 @@
 """The train state and one training step."""
 
 import functools
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax import axes
-from dsv3_jax.config import Config, ConfigError, Sparse
+from dsv3_jax.config import Config, ConfigError, ProbabilityMass
 from dsv3_jax.evaluation.bits_per_byte import EvalStep, make_eval_step
 from dsv3_jax.layers.moe import BIAS_COLLECTION
 from dsv3_jax.models.transformer import Transformer, summed_loss
-from dsv3_jax.ops.patterns import layer_patterns
-from dsv3_jax.ops.routing import update_selection_bias
+from dsv3_jax.ops.routing import Routing, load_by_context, load_entropy, update_mass, update_selection_bias
 from dsv3_jax.sharding import batch_sharding, constrain, shardings
 from dsv3_jax.training.optimizer import keep_trainable, make_optimizer, make_schedule
+from dsv3_jax.training.terms import count_batch, gated_mlps, loss_terms
 
 Batch = dict[str, jax.Array]
 
 
+class Load(NamedTuple):
+    """Of the layers of a group: load_LE, tokens that chose each expert; tokens_L, all tokens; by_domain_LCE, the load
+    of each domain, where routers know it."""
+
+    load_LE: jax.Array
+    tokens_L: jax.Array
+    by_domain_LCE: jax.Array | None
+
+
 @struct.dataclass
 class TrainState:
-    """step: int32, the number of updates made. params: float32 masters. selection_bias: moved by loads."""
+    """step: int32, the number of updates made. seed: uint32, of what is random in a step. params: float32 masters.
+    selection_bias: moved by loads."""
 
     step: jax.Array
+    seed: jax.Array
     params: Any
     selection_bias: Any
     opt_state: Any
@@ -52,8 +64,11 @@ class Trainer:
         self._model = Transformer(config.model)
         train = config.train
         self._optimizer = make_optimizer(train.optimizer, train.schedule, config.model.dim, train.trainable)
+        moe = config.model.moe
+        noisy = moe is not None and (moe.router_noise > 0 or moe.expert_dropout > 0)
+        self._is_random = noisy or config.model.unit_gate is not None
         self._schedule = make_schedule(config.train.schedule, config.train.optimizer.learning_rate)
-        self.state_shapes = jax.eval_shape(self._init, jax.random.key(0))
+        self.state_shapes = jax.eval_shape(self._init, np.uint32(0))
         self._check_trainable()
         self.state_shardings = self._state_shardings()
         self._batch_sharding = batch_sharding(mesh)
@@ -69,7 +84,7 @@ class Trainer:
     def init(self, seed: int) -> TrainState:
         """A fresh state, each array made where it lives."""
         with jax.set_mesh(self.mesh):
-            return self._jit_init(jax.random.key(seed))
+            return self._jit_init(np.uint32(seed))
 
     def abstract_state(self) -> Any:
         """Shapes, dtypes and shardings of the state, for restoring a checkpoint."""
@@ -95,8 +110,10 @@ class Trainer:
     def gradients(self, state: TrainState, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         """Gradients of the total loss and the loss terms, without an update: for tests and analysis."""
         with jax.set_mesh(self.mesh):
-            gradients, terms, _ = jax.jit(self._gradients)(state.params, state.selection_bias, batch)
-        return gradients, terms
+            gradients, terms, sums, _ = jax.jit(self._gradients)(
+                state.params, state.selection_bias, batch, state.step, state.seed
+            )
+        return gradients, {name: sums[name] / term.count for name, term in terms.items()}
 
     def _check_trainable(self) -> None:
         """Raises `ConfigError` for a word of `train.trainable` that names no parameter."""
@@ -111,11 +128,12 @@ class Trainer:
         tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         return jax.eval_shape(self._model.init, jax.random.key(0), tokens)
 
-    def _init(self, key):
-        variables = nn.unbox(self._model.init(key, jnp.zeros((1, 2), jnp.int32)))
+    def _init(self, seed):
+        variables = nn.unbox(self._model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32)))
         params = variables["params"]
         return TrainState(
             step=jnp.int32(0),
+            seed=seed,
             params=params,
             selection_bias=variables.get("selection_bias", {}),
             opt_state=self._optimizer.init(params),
@@ -135,65 +153,55 @@ class Trainer:
 
         return TrainState(
             step=cast(Any, replicated),
+            seed=cast(Any, replicated),
             params=tree["params"],
             selection_bias=tree.get("selection_bias", {}),
             opt_state=jax.tree_util.tree_map_with_path(optimizer_leaf, self.state_shapes.opt_state),
         )
 
-    def _loss_sums(self, params, selection_bias, batch: Batch):
-        """Each loss term summed over the micro-batch, and each layer's load [L, E]."""
+    def _loss_sums(self, params, selection_bias, batch: Batch, key_B):
+        """Each loss term and statistic summed over the micro-batch, and the loads of each group of layers."""
         variables = {"params": params, "selection_bias": selection_bias}
-        lm, output = summed_loss(self.config, variables, batch)
-        sums = {"lm": lm} | output.losses
-        load_LE = jnp.zeros((0, 1))
+        lm, output = summed_loss(self.config, variables, batch, key_B)
+        loads = {}
         if output.routing is not None:
-            sums["balance"] = jnp.sum(output.routing.balance)
-            load_LE = output.routing.load_E
-        return sums, load_LE
+            loads["moe_layers"] = self._load(output.routing, batch)
+        return {"lm": lm} | output.sums, loads
 
-    def term_weights(self) -> dict[str, float]:
-        """Weight of each loss term in the total."""
-        moe = self.config.model.moe
-        sparse = self.config.model.num_layers > self.config.model.num_dense_layers
-        weights = {"lm": 1.0} | ({"balance": moe.router.balance_weight} if moe and sparse else {})
-        indexers = [p.loss_weight for p in layer_patterns(self.config.model.attention.pattern) if isinstance(p, Sparse)]
-        return weights | ({"indexer": indexers[0]} if indexers else {})
+    def _load(self, routing: Routing, batch: Batch) -> Load:
+        real_BT, moe = batch["segment_ids"] > 0, self.config.model.moe
+        tokens_L = jnp.broadcast_to(jnp.sum(real_BT), routing.load_E.shape[:1]).astype(jnp.float32)
+        by_domain = None
+        if moe is not None and moe.condition is not None:
+            domains = len(self.config.data.domains)
+            by_domain = load_by_context(routing.experts_BTK, batch["domain"], real_BT, domains, moe.num_experts)
+        return Load(routing.load_E, tokens_L, by_domain)
 
-    def _indexed_layers(self) -> int:
-        patterns = layer_patterns(self.config.model.attention.pattern)
-        return sum(isinstance(patterns[layer % len(patterns)], Sparse) for layer in range(self.config.model.num_layers))
-
-    def _term_counts(self, batch: Batch) -> dict[str, jax.Array]:
-        """What each term's sum is divided by, over the whole batch: real tokens; sequences or tokens × layers."""
-        real_BT = batch["segment_ids"] > 0
-        sequences = jnp.sum(jnp.any(real_BT, axis=-1))
-        sparse = self.config.model.num_layers - self.config.model.num_dense_layers
-        tokens = jnp.sum(real_BT)
-        counts = {"lm": tokens, "balance": sequences * sparse, "indexer": tokens * self._indexed_layers()}
-        return {name: jnp.maximum(counts[name], 1).astype(jnp.float32) for name in self.term_weights()}
-
-    def _gradients(self, params, selection_bias, batch: Batch):
-        """Gradients of Σ weight · sum / count, the terms sum / count, and the loads, over all micro-batches.
-
-        Counts are of the whole batch, so that micro-batches add up to exactly the loss of the undivided batch.
-        """
-        weights, counts = self.term_weights(), self._term_counts(batch)
+    def _gradients(self, params, selection_bias, batch: Batch, step, seed):
+        """Gradients of Σ weight · sum / count; the terms, all sums, and the loads, over all micro-batches."""
+        terms = loss_terms(self.config, batch, step)
+        batch = dict(batch)
+        if self._is_random:  # a row's key depends on seed, step and its place in the batch, not on its micro-batch
+            batch["row"] = jnp.arange(len(batch["tokens"]), dtype=jnp.uint32)
+        step_key = jax.random.fold_in(jax.random.key(seed), step)
 
         def loss(params, micro):
-            sums, load_LE = self._loss_sums(params, selection_bias, micro)
-            terms = {name: sums[name] / counts[name] for name in weights}
-            return sum(weights[name] * term for name, term in terms.items()), (terms, load_LE)
+            micro = dict(micro)
+            row_B = micro.pop("row", None)
+            key_B = None if row_B is None else jax.vmap(jax.random.fold_in, (None, 0))(step_key, row_B)
+            sums, loads = self._loss_sums(params, selection_bias, micro, key_B)
+            return sum(term.weight * (sums[name] / term.count) for name, term in terms.items()), (sums, loads)
 
         grad = jax.grad(loss, has_aux=True)
         count = self.config.train.microbatches
         if count == 1:
-            gradients, (terms, load_LE) = grad(params, batch)
-            return gradients, terms, load_LE
+            gradients, (sums, loads) = grad(params, batch)
+            return gradients, terms, sums, loads
 
         def cut(x):
             # Row r goes to micro-batch r % count: each device keeps its rows.
             x = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
-            return constrain(x, (None, axes.BATCH, axes.LENGTH))
+            return constrain(x, (None, axes.BATCH, axes.LENGTH)[: x.ndim])
 
         def add(total, micro):
             return jax.tree.map(jnp.add, total, grad(params, micro)), None
@@ -201,34 +209,65 @@ class Trainer:
         micros = jax.tree.map(cut, batch)
         shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (gradients, (terms, load_LE)), _ = jax.lax.scan(add, zeros, micros)
-        return gradients, terms, load_LE
+        (gradients, (sums, loads)), _ = jax.lax.scan(add, zeros, micros)
+        return gradients, terms, sums, loads
 
     def _step(self, state: TrainState, batch: Batch):
-        gradients, terms, load_LE = self._gradients(state.params, state.selection_bias, batch)
+        gradients, terms, sums, loads = self._gradients(
+            state.params, state.selection_bias, batch, state.step, state.seed
+        )
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
-        selection_bias = state.selection_bias
-        moe = self.config.model.moe
         trainable = self.config.train.trainable
         gradients = keep_trainable(gradients, trainable)  # before the norm: XLA then drops what makes the others
-        frozen = trainable and BIAS_COLLECTION not in trainable
-        if load_LE.shape[0] and moe is not None and not frozen:
-            update = functools.partial(update_selection_bias, load_E=load_LE, rate=moe.router.bias_update_rate)
-            selection_bias = jax.tree.map(update, selection_bias)
-        weights = self.term_weights()
-        metrics: dict[str, Any] = {"loss": sum(weights[name] * term for name, term in terms.items())}
-        metrics |= {f"loss/{name}": term for name, term in terms.items()}
+        selection_bias = state.selection_bias
+        if not trainable or BIAS_COLLECTION in trainable:
+            selection_bias = self._update_selection(selection_bias, loads)
+        values = {name: sums[name] / term.count for name, term in terms.items()}
+        metrics: dict[str, Any] = {"loss": sum(terms[name].weight * value for name, value in values.items())}
+        metrics |= {f"loss/{name}": value for name, value in values.items()}
         metrics["grad_norm"] = optax.global_norm(gradients)
         metrics["learning_rate"] = self._schedule(state.step)
-        if load_LE.shape[0] and moe is not None:
-            metrics["router/max_over_mean"] = jnp.mean(jnp.max(load_LE, axis=-1) / jnp.mean(load_LE, axis=-1))
-            assigned = jnp.sum(batch["segment_ids"] > 0) * (moe.router.top_k * load_LE.shape[0])
-            # 0 with the dropless dispatches; a dispatch with a capacity will count what it kept.
-            metrics["router/dropped"] = 1 - jnp.sum(load_LE) / jnp.maximum(assigned, 1)
+        metrics |= self._statistics(sums, loads, batch)
         new_state = TrainState(
             step=state.step + 1,
+            seed=state.seed,
             params=optax.apply_updates(state.params, updates),
             selection_bias=selection_bias,
             opt_state=opt_state,
         )
         return new_state, metrics
+
+    def _update_selection(self, selection_bias: Any, loads: dict[str, Load]) -> Any:
+        """Moves what loads move: biases towards balance, and the mass towards its mean k, in each layer."""
+        moe = self.config.model.moe
+        if moe is None:
+            return selection_bias
+        router = moe.router
+
+        def update(path, x):
+            load = loads[path[0].key]
+            if path[-1].key == "mass":
+                assert isinstance(router, ProbabilityMass)
+                return update_mass(x, jnp.sum(load.load_LE, axis=-1) / jnp.maximum(load.tokens_L, 1), router)
+            return update_selection_bias(x, load.load_LE, router.bias_update_rate)
+
+        return jax.tree_util.tree_map_with_path(update, selection_bias)
+
+    def _statistics(self, sums: dict[str, jax.Array], loads: dict[str, Load], batch: Batch) -> dict[str, jax.Array]:
+        """What is logged of routers and gates."""
+        metrics, model = {}, self.config.model
+        if loads:
+            load_LE = jnp.concatenate([load.load_LE for load in loads.values()])
+            tokens_L = jnp.concatenate([load.tokens_L for load in loads.values()])
+            mean_L = jnp.maximum(jnp.mean(load_LE, axis=-1), 1e-9)
+            metrics["router/max_over_mean"] = jnp.mean(jnp.max(load_LE, axis=-1) / mean_L)
+            metrics["router/mean_k"] = jnp.sum(load_LE) / jnp.maximum(jnp.sum(tokens_L), 1)
+            metrics["router/dropped"] = sums["dropped"] / jnp.maximum(jnp.sum(load_LE), 1)
+            by_domain = loads["moe_layers"].by_domain_LCE
+            if by_domain is not None:
+                for index, domain in enumerate(self.config.data.domains):
+                    metrics[f"router/entropy/{domain.name}"] = jnp.mean(load_entropy(by_domain[:, index]))
+        if "active_units" in sums:
+            tokens = count_batch(batch["segment_ids"]).tokens
+            metrics["activation/active_share"] = sums["active_units"] / (tokens * gated_mlps(model))
+        return metrics

@@ -11,7 +11,8 @@ from flax import linen as nn
 from dsv3_jax import config as c
 from dsv3_jax.analysis.attention import attention_weights
 from dsv3_jax.analysis.routing import expert_counts, routing_entropy
-from dsv3_jax.layers.attention import Attention, make_packing
+from dsv3_jax.layers.attention import Attention
+from dsv3_jax.layers.inputs import make_packing
 from dsv3_jax.layers.projections import make_projection
 from dsv3_jax.models.transformer import Transformer
 from dsv3_jax.ops.patterns import Place

@@ -285,7 +285,7 @@ def test_the_indexer_learns_from_its_loss_alone_and_teaches_nothing_else(tokens)
 
     def loss(params, of):
         output = Transformer(model).apply(variables | {"params": params}, tokens)
-        return output.losses["indexer"] if of == "indexer" else jnp.mean(output.logits_BTV**2)
+        return output.sums["indexer"] if of == "indexer" else jnp.mean(output.logits_BTV**2)
 
     for of in ("indexer", "lm"):
         gradients = jax.jit(jax.grad(loss), static_argnums=1)(variables["params"], of)

@@ -93,7 +93,7 @@ SAME = {
 def loss_and_gradients(config, variables, tokens):
     def loss(params):
         output = Transformer(config).apply({**variables, "params": params}, tokens)
-        return jnp.mean(jax.nn.logsumexp(output.logits_BTV, -1) ** 2) + jnp.sum(output.routing.balance)
+        return jnp.mean(jax.nn.logsumexp(output.logits_BTV, -1) ** 2) + jnp.sum(output.routing.sums["balance"])
 
     return jax.jit(jax.value_and_grad(loss))(variables["params"])
 
@@ -118,7 +118,7 @@ def test_scanning_over_periods_of_patterns_is_layer_by_layer(unroll, remat, toke
     def alone(params):
         unstacked = unstack_layers(config, {**variables, "params": params})
         output = Transformer(config).apply(unstacked, tokens)
-        return jnp.mean(jax.nn.logsumexp(output.logits_BTV, -1) ** 2) + jnp.sum(output.routing.balance)
+        return jnp.mean(jax.nn.logsumexp(output.logits_BTV, -1) ** 2) + jnp.sum(output.routing.sums["balance"])
 
     expected = jax.jit(jax.value_and_grad(alone))(variables["params"])
     other = dataclasses.replace(config, unroll=unroll, remat=remat)
