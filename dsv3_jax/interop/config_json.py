@@ -58,6 +58,9 @@ FREE = (
     "moe.dispatch",
     "moe.router.bias_update_rate",
     "moe.router.balance_weight",
+    "moe.router.z_weight",
+    "moe.router_noise",
+    "moe.expert_dropout",
 )
 # What tells the architectures apart.
 PATTERN = "attention.pattern.kind"
