@@ -16,7 +16,14 @@ from dsv3_jax.config import Config, ConfigError, ProbabilityMass
 from dsv3_jax.evaluation.bits_per_byte import EvalStep, make_eval_step
 from dsv3_jax.layers.moe import BIAS_COLLECTION
 from dsv3_jax.models.transformer import Transformer, summed_loss
-from dsv3_jax.ops.routing import Routing, load_by_context, load_entropy, update_mass, update_selection_bias
+from dsv3_jax.ops.routing import (
+    Routing,
+    active_experts,
+    load_by_context,
+    load_entropy,
+    update_mass,
+    update_selection_bias,
+)
 from dsv3_jax.sharding import batch_sharding, constrain, shardings
 from dsv3_jax.training.optimizer import keep_trainable, make_optimizer, make_schedule
 from dsv3_jax.training.terms import count_batch, gated_mlps, loss_terms
@@ -54,6 +61,21 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (config.train.batch_size, config.data.sequence_length)
     names = ("tokens", "targets", "positions", "segment_ids", "domain")
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+
+
+def bias_statistics(selection_bias: Any) -> dict[str, jax.Array]:
+    """How far the selection biases of active experts have moved, over all layers."""
+    leaves = jax.tree_util.tree_flatten_with_path(selection_bias)[0]
+    biases = [x.ravel() for path, x in leaves if path[-1].key == "bias"]
+    if not biases:
+        return {}
+    bias_N = jnp.concatenate(biases)
+    active_N = active_experts(bias_N)
+    return {
+        "router/bias_std": jnp.std(bias_N, where=active_N),
+        "router/bias_min": jnp.min(bias_N, where=active_N, initial=jnp.inf),
+        "router/bias_max": jnp.max(bias_N, where=active_N, initial=-jnp.inf),
+    }
 
 
 class Trainer:
@@ -227,7 +249,7 @@ class Trainer:
         metrics |= {f"loss/{name}": value for name, value in values.items()}
         metrics["grad_norm"] = optax.global_norm(gradients)
         metrics["learning_rate"] = self._schedule(state.step)
-        metrics |= self._statistics(sums, loads, batch)
+        metrics |= self._statistics(sums, loads, batch) | bias_statistics(selection_bias)
         new_state = TrainState(
             step=state.step + 1,
             seed=state.seed,
