@@ -19,6 +19,7 @@ HEAD_DIM = "head_dim"
 LATENT = "latent"
 MLP = "mlp"
 EXPERTS = "experts"
+ROUTED = "routed"  # experts as the router sees them: a column each, on every device
 EXPERT_MLP = "expert_mlp"
 VOCAB = "vocab"
 LAYERS = "layers"
@@ -26,5 +27,5 @@ NORM = "norm"
 
 LOGICAL_AXES = frozenset(
     {BATCH, LENGTH, EMBED, FSDP_EMBED, HEADS, KV_HEADS, HEAD_DIM, LATENT}
-    | {MLP, EXPERTS, EXPERT_MLP, VOCAB, LAYERS, NORM}
+    | {MLP, EXPERTS, ROUTED, EXPERT_MLP, VOCAB, LAYERS, NORM}
 )

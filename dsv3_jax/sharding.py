@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     axes.LATENT: (),
     axes.MLP: ("model",),
     axes.EXPERTS: ("expert",),
+    axes.ROUTED: (),
     axes.EXPERT_MLP: ("model",),
     axes.VOCAB: ("model",),
     axes.LAYERS: (),

@@ -73,12 +73,12 @@ class MoE(nn.Module):
     def _route(self, x_BTD: jax.Array, packing: Packing) -> Routing:
         moe, D, E = self.moe, x_BTD.shape[-1], self.moe.num_experts
         router_init = nn.initializers.normal(self.config.init_std or D**-0.5)
-        w_router_DE = parameter(self, "w_router", router_init, (D, E), (axes.FSDP_EMBED, None))
+        w_router_DE = parameter(self, "w_router", router_init, (D, E), (axes.FSDP_EMBED, axes.ROUTED))
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w_router_DE)
         if moe.condition is not None:
             # From zero: at the start a condition changes nothing.
             shape = (moe.condition.dim, E)
-            w_condition_CE = parameter(self, "w_condition", nn.initializers.zeros, shape, (None, None))
+            w_condition_CE = parameter(self, "w_condition", nn.initializers.zeros, shape, (None, axes.ROUTED))
             if packing.condition_BTC is not None:
                 logits_BTE += jnp.einsum("BTC,CE->BTE", packing.condition_BTC, w_condition_CE)
         mass = None
@@ -92,7 +92,7 @@ class MoE(nn.Module):
 
     def _router_state(self, name: str, value: float, *shape: int) -> jax.Array:
         """A variable that loads move, not gradients."""
-        logical = (None,) * len(shape)
+        logical = (axes.ROUTED,) * len(shape)
         make = lambda: nn.LogicallyPartitioned(jnp.full(shape, value, jnp.float32), logical)  # noqa: E731
         return cast(jax.Array, self.variable(BIAS_COLLECTION, name, make).value)
 
