@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import MixtureOfExperts, ModelConfig
+from dsv3_jax.config import LayerPattern, MixtureOfExperts, ModelConfig
 from dsv3_jax.layers.block import Block, BlockOutput
 from dsv3_jax.layers.inputs import Packing
 from dsv3_jax.ops.caches import LayerCache
@@ -37,32 +37,53 @@ def layer_groups(config: ModelConfig) -> list[LayerGroup]:
     return [group for group in groups if group.count]
 
 
-def _layer(tree: Any, index: int) -> Any:
+def prediction_group(config: ModelConfig) -> LayerGroup | None:
+    """The multi-token-prediction modules, if there are any: layers that follow the last one, and are like it."""
+    if config.mtp is None:
+        return None
+    moe = config.moe if config.num_dense_layers < config.num_layers else None
+    return LayerGroup("mtp", config.num_layers, config.mtp.depth, moe)
+
+
+def layer_pattern(config: ModelConfig, layer: int) -> LayerPattern:
+    """The attention pattern of a layer; patterns take turns."""
+    cycle = layer_patterns(config.attention.pattern)
+    return cycle[layer % len(cycle)]
+
+
+def layer_of(tree: Any, index: int) -> Any:
     """One layer of a stacked tree, or of a tuple of layers."""
     return tree[index] if isinstance(tree, tuple) else jax.tree.map(lambda x: x[index], tree)
 
 
 def unstack_layers(config: ModelConfig, variables: Any) -> Any:
     """Variables whose groups are tuples of layers instead of stacked arrays: decoding then slices no weights."""
-    counts = {group.name: group.count for group in layer_groups(config)}
+    groups = [*layer_groups(config), prediction_group(config)]
+    counts = {group.name: group.count for group in groups if group is not None}
 
     def unstack(name, tree):
         if name not in counts or isinstance(tree, tuple):
             return tree
-        return tuple(_layer(tree, i) for i in range(counts[name]))
+        return tuple(layer_of(tree, i) for i in range(counts[name]))
 
     return {collection: {k: unstack(k, v) for k, v in tree.items()} for collection, tree in variables.items()}
 
 
-def _cut(tree: Any, count: int) -> list[Any]:
+def cut(tree: Any, count: int) -> list[Any]:
     """Leading axis into `count` parts, and the axis of one away: the gradient is one concatenation."""
     leaves, structure = jax.tree.flatten(tree)
     parts = [[jnp.squeeze(part, 0) for part in jnp.split(leaf, count)] for leaf in leaves]
     return [jax.tree.unflatten(structure, [part[i] for part in parts]) for i in range(count)]
 
 
-def _stack(trees: list[Any]) -> Any:
+def stack(trees: list[Any]) -> Any:
+    """The inverse of `cut`."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def add_sums(total: dict[str, jax.Array], more: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Sums by name, those of several layers added up."""
+    return total | {name: jnp.sum(value) + total.get(name, 0.0) for name, value in more.items()}
 
 
 def run_layers(
@@ -80,7 +101,7 @@ def run_layers(
     Routing and sums come back with a leading layer axis, caches as a tuple.
     """
     cycle = layer_patterns(config.attention.pattern)
-    patterns = [cycle[(group.first + i) % len(cycle)] for i in range(group.count)]
+    patterns = [layer_pattern(config, group.first + i) for i in range(group.count)]
 
     def run_block(pattern, x_BTD, variables, layer, cache=None):
         block = Block(config, group.moe, pattern, parent=None)
@@ -96,20 +117,20 @@ def run_layers(
     if unstacked or caches is not None:
         outputs: list[Any] = []
         for i, pattern in enumerate(patterns):
-            own = {name: _layer(tree, i) for name, tree in variables.items()}
+            own = {name: layer_of(tree, i) for name, tree in variables.items()}
             x_BTD, output = run_block(pattern, x_BTD, own, group.first + i, None if caches is None else caches[i])
             outputs.append(output)
         new_caches = None if caches is None else tuple(output.cache for output in outputs)
-        stacked = _stack([output._replace(cache=None) for output in outputs])
+        stacked = stack([output._replace(cache=None) for output in outputs])
         return x_BTD, stacked._replace(cache=new_caches)
 
     def run_slots(x_BTD, slots, count):
         """Layers that follow each other, each with the pattern of its place in the period."""
         variables, layers, outputs = *slots, []
-        for i, (pattern, own) in enumerate(zip(patterns, _cut(variables, count))):
+        for i, (pattern, own) in enumerate(zip(patterns, cut(variables, count))):
             x_BTD, output = run_block(pattern, x_BTD, own, layers[i])
             outputs.append(output)
-        return x_BTD, _stack(outputs)
+        return x_BTD, stack(outputs)
 
     n = len(cycle)
     whole, rest = divmod(group.count, n)

@@ -15,11 +15,21 @@ from dsv3_jax.layers.block import Block, BlockOutput
 from dsv3_jax.layers.common import RMSNorm, parameter
 from dsv3_jax.layers.inputs import CacheStep, Packing, make_packing
 from dsv3_jax.layers.moe import BIAS_COLLECTION
+from dsv3_jax.layers.mtp import PredictionModule, shift
 from dsv3_jax.layers.projections import stored_shapes
-from dsv3_jax.models.stack import LayerGroup, layer_groups, run_layers
+from dsv3_jax.models.prediction import Prediction, predict_all, run_module
+from dsv3_jax.models.stack import (
+    LayerGroup,
+    add_sums,
+    layer_groups,
+    layer_of,
+    layer_pattern,
+    prediction_group,
+    run_layers,
+)
 from dsv3_jax.ops.caches import Cache, LayerCache, cache_layout
 from dsv3_jax.ops.losses import cross_entropy
-from dsv3_jax.ops.patterns import Place, layer_patterns, task_windows
+from dsv3_jax.ops.patterns import Place, task_windows
 from dsv3_jax.ops.routing import Routing
 from dsv3_jax.sharding import constrain
 
@@ -27,13 +37,15 @@ from dsv3_jax.sharding import constrain
 class TransformerOutput(NamedTuple):
     """logits_BTV float32 (None if not asked for); hidden_BTD after the final norm; routing with a leading layer axis
     over the mixture-of-experts layers (None if there are none); sums, unweighted loss terms and statistics summed over
-    sequences or real tokens, and layers, by name; the new cache if one was given."""
+    sequences or real tokens, and layers, by name; the new cache if one was given; what the multi-token-prediction
+    modules give, if asked for (their sums are in `sums`)."""
 
     logits_BTV: jax.Array | None
     hidden_BTD: jax.Array
     routing: Routing | None
     sums: dict[str, jax.Array]
     cache: Cache | None = None
+    prediction: Prediction | None = None
 
 
 class Transformer(nn.Module):
@@ -55,6 +67,7 @@ class Transformer(nn.Module):
         num_tokens_B: jax.Array | None = None,
         max_segments: int = 16,
         return_logits: bool = True,
+        predict_ahead: bool = False,
     ) -> TransformerOutput:
         """Runs the model on tokens, int32.
 
@@ -70,16 +83,20 @@ class Transformer(nn.Module):
             that grows beyond the cache's `max_length` gives NaN.
           max_segments: the most documents a row holds; matters for patterns with global positions only.
           return_logits: False saves the vocabulary product; `head_weight` and `ops.losses.cross_entropy` go on.
+          predict_ahead: also runs the multi-token-prediction modules, for training; for decoding see `predict`.
         """
         config = self.config
         packing = self._packing(tokens_BT, positions_BT, segment_ids_BT, window_BT, cache, num_tokens_B, max_segments)
         std = config.init_std or (config.dim**-0.5 if config.tie_embeddings else 1.0)
         shape, logical = (config.vocab_size, config.dim), (axes.VOCAB, axes.FSDP_EMBED)
         embedding_VD = parameter(self, "embedding", nn.initializers.normal(std), shape, logical)
-        x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.compute_dtype)
-        x_BTD = constrain(x_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED))
+        x_BTD = embedded_BTD = self._embed(embedding_VD, tokens_BT)
 
-        condition_BTC = self._condition(tokens_BT, condition)
+        table_NC = None
+        if config.moe is not None and config.moe.condition is not None:
+            rows = len(config.moe.condition.tasks) + 1, config.moe.condition.dim
+            table_NC = parameter(self, "condition_embedding", nn.initializers.normal(1.0), rows, (None, None))
+        condition_BTC = self._condition(table_NC, tokens_BT, condition)
         packing = dataclasses.replace(packing, condition_BTC=condition_BTC, key_B=key_B)
 
         routing, sums, caches = None, {}, ()
@@ -87,7 +104,7 @@ class Transformer(nn.Module):
             before = None if cache is None else cache.layers[group.first : group.first + group.count]
             x_BTD, output = self._layers(group, x_BTD, packing, before)
             routing = output.routing or routing
-            sums |= {name: jnp.sum(value) + sums.get(name, 0.0) for name, value in output.sums.items()}
+            sums = add_sums(sums, output.sums)
             caches += output.cache or ()
         hidden_BTD = RMSNorm(config.norm_epsilon, name="final_norm")(x_BTD)
         if cache is not None and packing.cache_step is not None:  # a full cache has lost tokens: never a wrong result
@@ -108,17 +125,82 @@ class Transformer(nn.Module):
         if cache is not None and packing.cache_step is not None:
             length_B = packing.cache_step.length_B
             cache = dataclasses.replace(cache, length_B=length_B, layers=caches, fresh=False)
-        return TransformerOutput(logits_BTV, hidden_BTD, routing, sums, cache)
+        prediction, group = None, prediction_group(config)
+        if group is not None and self.is_initializing():
+            self._initialise(PredictionModule, group, hidden_BTD, hidden_BTD, packing)
+        elif predict_ahead:
+            if group is None or cache is not None:
+                raise ValueError("predict_ahead needs config.mtp, and goes without a cache; with one use `predict`")
+            modules = self._stored(group)
+            prediction, more = predict_all(config, modules, hidden_BTD, embedded_BTD, packing)
+            sums = add_sums(sums, more)
+        return TransformerOutput(logits_BTV, hidden_BTD, routing, sums, cache, prediction)
 
-    def _condition(self, tokens_BT: jax.Array, condition: jax.Array | None) -> jax.Array | None:
+    def predict(
+        self,
+        module_index: int,
+        hidden_BTD: jax.Array,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        *,
+        window_BT: jax.Array | None = None,
+        condition: jax.Array | None = None,
+        cache: Cache | None = None,
+        num_tokens_B: jax.Array | None = None,
+        max_segments: int = 16,
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
+        """Runs one multi-token-prediction module: `apply(variables, ..., method="predict")`.
+
+        Args:
+          module_index: from 0.
+          hidden_BTD: of position i, for module 0 `TransformerOutput.hidden_BTD`, else the first result of the module
+            before.
+          tokens_BT: the token at i + 1 + module_index.
+          cache: from `make_prediction_cache` for this module, or from the last call.
+          others: as `__call__` takes them, of position i.
+
+        Returns:
+          hidden_BTD for the next module; the same after the module's final norm, of which `head_weight` makes the
+          logits of the token at i + 2 + module_index; the new cache if one was given.
+        """
+        config, group = self.config, prediction_group(self.config)
+        if group is None or not 0 <= module_index < group.count:
+            raise ValueError(f"module_index={module_index}: config.mtp is {config.mtp}")
+        packing = self._packing(tokens_BT, positions_BT, segment_ids_BT, window_BT, cache, num_tokens_B, max_segments)
+        embedding_VD = nn.unbox(self.get_variable("params", "embedding"))
+        table_NC = nn.unbox(self.get_variable("params", "condition_embedding"))
+        packing = dataclasses.replace(packing, condition_BTC=self._condition(table_NC, tokens_BT, condition))
+        own = {name: layer_of(tree, module_index) for name, tree in self._stored(group).items()}
+        x_BTD, normed_BTD, output = run_module(
+            config,
+            module_index,
+            own,
+            hidden_BTD,
+            self._embed(embedding_VD, tokens_BT),
+            packing,
+            None if cache is None else cache.layers[0],
+        )
+        if cache is not None and packing.cache_step is not None:
+            length_B = packing.cache_step.length_B
+            full_B11 = (length_B > cache.max_length)[:, None, None]
+            normed_BTD = jnp.where(full_B11, jnp.nan, normed_BTD).astype(normed_BTD.dtype)
+            cache = dataclasses.replace(cache, length_B=length_B, layers=(output.cache,), fresh=False)
+        return x_BTD, normed_BTD, cache
+
+    def _embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(self.config.compute_dtype)
+        return constrain(x_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED))
+
+    def _condition(
+        self, table_NC: jax.Array | None, tokens_BT: jax.Array, condition: jax.Array | None
+    ) -> jax.Array | None:
         """Embeddings of the tasks, unless the caller brought embeddings of its own."""
-        moe = self.config.moe
-        if moe is None or moe.condition is None:
+        if table_NC is None:
             if condition is not None:
                 raise ValueError("condition was given, and config.moe.condition is none: no router would see it")
             return None
-        width, rows = moe.condition.dim, len(moe.condition.tasks) + 1
-        table_NC = parameter(self, "condition_embedding", nn.initializers.normal(1.0), (rows, width), (None, None))
+        width = table_NC.shape[1]
         if condition is None:
             condition = jnp.zeros(tokens_BT.shape, jnp.int32)
         if jnp.issubdtype(condition.dtype, jnp.integer):
@@ -158,24 +240,30 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, BlockOutput]:
         config = self.config
         if self.is_initializing():
-            make = nn.vmap(
-                Block,
-                variable_axes={"params": 0, BIAS_COLLECTION: 0},
-                split_rngs={"params": True},
-                in_axes=cast(Any, None),
-                axis_size=group.count,
-                metadata_params={nn.PARTITION_NAME: axes.LAYERS},
-            )
-            pattern = layer_patterns(config.attention.pattern)[0]
-            make(config, group.moe, pattern, name=group.name)(x_BTD, packing)
+            self._initialise(Block, group, x_BTD, packing)
             return x_BTD, BlockOutput(None, {}, None)
-        variables = {
+        unroll = jax.default_backend() == "cpu" if config.unroll is None else config.unroll
+        return run_layers(config, group, self._stored(group), x_BTD, packing, caches, unroll)
+
+    def _initialise(self, module: type[Block] | type[PredictionModule], group: LayerGroup, *inputs: Any) -> None:
+        """Makes the variables of a group, stacked on a leading layer axis."""
+        make = nn.vmap(
+            module,
+            variable_axes={"params": 0, BIAS_COLLECTION: 0},
+            split_rngs={"params": True},
+            in_axes=cast(Any, None),
+            axis_size=group.count,
+            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+        )
+        make(self.config, group.moe, layer_pattern(self.config, 0), name=group.name)(*inputs)
+
+    def _stored(self, group: LayerGroup) -> dict[str, Any]:
+        """The variables of a group, by collection."""
+        return {
             collection: self.get_variable(collection, group.name)
             for collection in ("params", BIAS_COLLECTION)
             if self.has_variable(collection, group.name)
         }
-        unroll = jax.default_backend() == "cpu" if config.unroll is None else config.unroll
-        return run_layers(config, group, variables, x_BTD, packing, caches, unroll)
 
 
 def make_cache(config: ModelConfig, batch: int, max_length: int, step: int = 1) -> Cache:
@@ -184,11 +272,21 @@ def make_cache(config: ModelConfig, batch: int, max_length: int, step: int = 1) 
     Raises:
       ConfigError: the model is not causal.
     """
+    return _make_cache(config, range(config.num_layers), batch, max_length, step)
+
+
+def make_prediction_cache(config: ModelConfig, module_index: int, batch: int, max_length: int, step: int = 1) -> Cache:
+    """An empty cache for one multi-token-prediction module (`Transformer.predict`), as `make_cache` for the model. It
+    depends on the module, whose attention pattern may be its own."""
+    return _make_cache(config, [config.num_layers + module_index], batch, max_length, step)
+
+
+def _make_cache(config: ModelConfig, layer_numbers: Sequence[int], batch: int, max_length: int, step: int) -> Cache:
     if not config.attention.causal:
         raise ConfigError("config.model.attention.causal=False: there is nothing to cache; only causal models decode")
-    patterns, layers = layer_patterns(config.attention.pattern), []
-    for layer in range(config.num_layers):
-        pattern = patterns[layer % len(patterns)]
+    layers = []
+    for layer in layer_numbers:
+        pattern = layer_pattern(config, layer)
         slots = cache_layout(pattern, max_length, step).slots
         arrays = [jnp.zeros((batch, slots, *shape), config.compute_dtype) for shape in stored_shapes(config)]
         if isinstance(pattern, LearnedGlobal):
@@ -214,11 +312,17 @@ def task_conditions(config: ModelConfig, tasks: Sequence[str]) -> np.ndarray | N
 
 
 def summed_loss(
-    config: Config, variables: Any, batch: dict[str, jax.Array], key_B: jax.Array | None = None
+    config: Config,
+    variables: Any,
+    batch: dict[str, jax.Array],
+    key_B: jax.Array | None = None,
+    predict_ahead: bool = False,
 ) -> tuple[jax.Array, TransformerOutput]:
     """Σ over the real tokens of a packed batch of −log p(target), in nats, float32; and the output, without logits.
 
-    Where a pattern or a router knows tasks, a token's task is its domain. `key_B` as `Transformer` takes it.
+    Where a pattern or a router knows tasks, a token's task is its domain. `key_B` as `Transformer` takes it. With
+    `predict_ahead` the output's sums hold the loss of each multi-token-prediction module, `mtp_1`, `mtp_2`, …, over the
+    tokens whose target is of their own document.
     """
     domains = [domain.name for domain in config.data.domains]
     window_D = task_windows(config.model.attention.pattern, domains)
@@ -233,8 +337,16 @@ def summed_loss(
         key_B=key_B,
         max_segments=config.data.max_segments,
         return_logits=False,
+        predict_ahead=predict_ahead,
     )
     output = cast(TransformerOutput, output)
-    weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
     head_DV = head_weight(config.model, variables["params"])
+    if output.prediction is not None:
+        modules = zip(output.prediction.hidden_kBTD, output.prediction.segment_ids_kBT, strict=True)
+        for k, (hidden_BTD, segment_BT) in enumerate(modules, 1):
+            weights_BT = (segment_BT > 0).astype(jnp.float32)
+            targets_BT = shift(batch["targets"], k)
+            loss = cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT)
+            output = output._replace(sums=output.sums | {f"mtp_{k}": loss})
+    weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
     return cross_entropy(output.hidden_BTD, head_DV, batch["targets"], weights_BT), output
