@@ -64,18 +64,15 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def bias_statistics(selection_bias: Any) -> dict[str, jax.Array]:
-    """How far the selection biases of active experts have moved, over all layers."""
-    leaves = jax.tree_util.tree_flatten_with_path(selection_bias)[0]
-    biases = [x.ravel() for path, x in leaves if path[-1].key == "bias"]
-    if not biases:
-        return {}
-    bias_N = jnp.concatenate(biases)
-    active_N = active_experts(bias_N)
-    return {
-        "router/bias_std": jnp.std(bias_N, where=active_N),
-        "router/bias_min": jnp.min(bias_N, where=active_N, initial=jnp.inf),
-        "router/bias_max": jnp.max(bias_N, where=active_N, initial=-jnp.inf),
-    }
+    """How far the selection biases of each layer's active experts have moved."""
+    metrics = {}
+    for path, bias_LE in jax.tree_util.tree_flatten_with_path(selection_bias)[0]:
+        if path[-1].key == "bias":
+            std_L = jnp.std(bias_LE, axis=-1, where=active_experts(bias_LE))
+            for layer, (std, high) in enumerate(zip(std_L, jnp.max(bias_LE, axis=-1))):
+                metrics[f"router/bias_std/{path[0].key}/{layer}"] = std
+                metrics[f"router/bias_max/{path[0].key}/{layer}"] = high
+    return metrics
 
 
 class Trainer:
