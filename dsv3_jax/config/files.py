@@ -221,13 +221,16 @@ def load_ablation(path: str, overrides: typing.Iterable[tuple[str, str]] = ()) -
         return ablation
     if ablation.baseline not in ablation.rows:
         raise ConfigError(f"{path}: baseline {ablation.baseline!r} is not a row; rows: {', '.join(ablation.rows)}")
+    for name in (*ablation.against, *ablation.against.values(), *ablation.own_length):
+        if name not in ablation.rows:
+            raise ConfigError(f"{path}: against or own_length names {name!r}, which is not a row")
     for config in ablation.rows.values():
         for dotted, text in overrides:
             apply_override(config, dotted, text)
     baseline = ablation.rows[ablation.baseline]
     for name, config in ablation.rows.items():
         same = config.data == baseline.data and config.train.batch_size == baseline.train.batch_size
-        if not same or config.train.num_steps != baseline.train.num_steps:
+        if not same or (name not in ablation.own_length and config.train.num_steps != baseline.train.num_steps):
             raise ConfigError(
                 f"{path}: row {name!r} differs from {ablation.baseline!r} in data, batch_size or num_steps; "
                 "every row must see the same tokens"

@@ -309,6 +309,10 @@ class Ablation:
 
     `baseline` names the row that the others are compared with; it is run once more with other seeds (the A/A row), so
     that the table shows what no difference looks like. Quality is held-out bits per byte, averaged over domains.
+
+    `against` names, for rows that are to be compared with another row than the baseline, that row. `own_length` names
+    rows that may train for another number of steps. `claims` are lines of Markdown that the report ends with: what
+    of the claims held, written once the table has been run.
     """
 
     title: str
@@ -316,6 +320,9 @@ class Ablation:
     baseline: str
     seeds: tuple[int, ...] = (0, 1)
     timing_steps: int = 5
+    against: dict[str, str] = field(default_factory=dict)
+    own_length: tuple[str, ...] = ()
+    claims: tuple[str, ...] = ()
 
 
 @dataclass
