@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from dsv3_jax import axes
-from dsv3_jax.config import Config, ConfigError, LearnedGlobal, ModelConfig, Sparse
+from dsv3_jax.config import CapacityDispatch, Config, ConfigError, DeepExpert, LearnedGlobal, ModelConfig, Sparse
 from dsv3_jax.layers.block import Block, BlockOutput
 from dsv3_jax.layers.common import RMSNorm, parameter
 from dsv3_jax.layers.inputs import CacheStep, Packing, make_packing
@@ -270,7 +270,7 @@ def make_cache(config: ModelConfig, batch: int, max_length: int, step: int = 1) 
     """An empty cache for `Transformer`: texts of up to `max_length` tokens, of which calls after the first add `step`.
 
     Raises:
-      ConfigError: the model is not causal.
+      ConfigError: the model is not causal, or its experts need the whole text: a capacity, or deep experts.
     """
     return _make_cache(config, range(config.num_layers), batch, max_length, step)
 
@@ -284,6 +284,16 @@ def make_prediction_cache(config: ModelConfig, module_index: int, batch: int, ma
 def _make_cache(config: ModelConfig, layer_numbers: Sequence[int], batch: int, max_length: int, step: int) -> Cache:
     if not config.attention.causal:
         raise ConfigError("config.model.attention.causal=False: there is nothing to cache; only causal models decode")
+    if config.moe is not None and isinstance(config.moe.dispatch, CapacityDispatch):
+        raise ConfigError(
+            "config.model.moe.dispatch=capacity: cannot decode, as it is a share of a length that is not known while a "
+            "text grows; use GroupedDispatch(), which drops nothing"
+        )
+    if config.moe is not None and isinstance(config.moe.expert, DeepExpert):
+        raise ConfigError(
+            "config.model.moe.expert=deep: cannot decode, as no cache holds the keys of the experts' own layers; run the "
+            "whole text through the model for each token, or train a model with FeedForward() experts"
+        )
     layers = []
     for layer in layer_numbers:
         pattern = layer_pattern(config, layer)
