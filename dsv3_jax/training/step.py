@@ -26,7 +26,7 @@ from dsv3_jax.ops.routing import (
 )
 from dsv3_jax.sharding import batch_sharding, constrain, shardings
 from dsv3_jax.training.optimizer import keep_trainable, make_optimizer, make_schedule
-from dsv3_jax.training.terms import count_batch, gated_mlps, loss_terms
+from dsv3_jax.training.terms import layer_counts, loss_terms
 
 Batch = dict[str, jax.Array]
 
@@ -181,19 +181,27 @@ class Trainer:
     def _loss_sums(self, params, selection_bias, batch: Batch, key_B):
         """Each loss term and statistic summed over the micro-batch, and the loads of each group of layers."""
         variables = {"params": params, "selection_bias": selection_bias}
-        lm, output = summed_loss(self.config, variables, batch, key_B)
-        loads = {}
+        ahead = self.config.model.mtp is not None
+        lm, output = summed_loss(self.config, variables, batch, key_B, predict_ahead=ahead)
+        loads, domain_BT, prediction = {}, batch["domain"], output.prediction
         if output.routing is not None:
-            loads["moe_layers"] = self._load(output.routing, batch)
+            segment_LBT = jnp.broadcast_to(batch["segment_ids"], (len(output.routing.load_E), *domain_BT.shape))
+            loads["moe_layers"] = self._load(output.routing, segment_LBT, domain_BT)
+        if prediction is not None and prediction.routing is not None:
+            loads["mtp"] = self._load(prediction.routing, prediction.segment_ids_kBT, domain_BT)
         return {"lm": lm} | output.sums, loads
 
-    def _load(self, routing: Routing, batch: Batch) -> Load:
-        real_BT, moe = batch["segment_ids"] > 0, self.config.model.moe
-        tokens_L = jnp.broadcast_to(jnp.sum(real_BT), routing.load_E.shape[:1]).astype(jnp.float32)
+    def _load(self, routing: Routing, segment_LBT: jax.Array, domain_BT: jax.Array) -> Load:
+        """Of layers that each count the tokens with a segment."""
+        real_LBT, moe = segment_LBT > 0, self.config.model.moe
+        tokens_L = jnp.sum(real_LBT, axis=(1, 2)).astype(jnp.float32)
         by_domain = None
         if moe is not None and moe.condition is not None:
             domains = len(self.config.data.domains)
-            by_domain = load_by_context(routing.experts_BTK, batch["domain"], real_BT, domains, moe.num_experts)
+            count = lambda experts_BTK, real_BT: load_by_context(  # noqa: E731
+                experts_BTK[None], domain_BT, real_BT, domains, moe.num_experts
+            )[0]
+            by_domain = jax.vmap(count)(routing.experts_BTK, real_LBT)
         return Load(routing.load_E, tokens_L, by_domain)
 
     def _gradients(self, params, selection_bias, batch: Batch, step, seed):
@@ -274,7 +282,7 @@ class Trainer:
 
     def _statistics(self, sums: dict[str, jax.Array], loads: dict[str, Load], batch: Batch) -> dict[str, jax.Array]:
         """What is logged of routers and gates."""
-        metrics, model = {}, self.config.model
+        metrics: dict[str, jax.Array] = {}
         if loads:
             load_LE = jnp.concatenate([load.load_LE for load in loads.values()])
             tokens_L = jnp.concatenate([load.tokens_L for load in loads.values()])
@@ -282,11 +290,12 @@ class Trainer:
             metrics["router/max_over_mean"] = jnp.mean(jnp.max(load_LE, axis=-1) / mean_L)
             metrics["router/mean_k"] = jnp.sum(load_LE) / jnp.maximum(jnp.sum(tokens_L), 1)
             metrics["router/dropped"] = sums["dropped"] / jnp.maximum(jnp.sum(load_LE), 1)
-            by_domain = loads["moe_layers"].by_domain_LCE
-            if by_domain is not None:
-                for index, domain in enumerate(self.config.data.domains):
-                    metrics[f"router/entropy/{domain.name}"] = jnp.mean(load_entropy(by_domain[:, index]))
+            by_domain = [load.by_domain_LCE for load in loads.values() if load.by_domain_LCE is not None]
+            for index, domain in enumerate(self.config.data.domains if by_domain else ()):
+                load_LE = jnp.concatenate(by_domain)[:, index]
+                metrics[f"router/entropy/{domain.name}"] = jnp.mean(load_entropy(load_LE))
         if "active_units" in sums:
-            tokens = count_batch(batch["segment_ids"]).tokens
-            metrics["activation/active_share"] = sums["active_units"] / (tokens * gated_mlps(model))
+            seen = layer_counts(self.config.model, batch["segment_ids"])
+            tokens = sum(count.tokens * layers.gated for layers, count in seen)
+            metrics["activation/active_share"] = sums["active_units"] / jnp.maximum(tokens, 1)
         return metrics
