@@ -291,8 +291,8 @@ def _make_cache(config: ModelConfig, layer_numbers: Sequence[int], batch: int, m
         )
     if config.moe is not None and isinstance(config.moe.expert, DeepExpert):
         raise ConfigError(
-            "config.model.moe.expert=deep: cannot decode, as no cache holds the keys of the experts' own layers; run the "
-            "whole text through the model for each token, or train a model with FeedForward() experts"
+            "config.model.moe.expert=deep: cannot decode, as no cache holds the keys of the experts' own layers; run "
+            "the whole text through the model for each token, or train a model with FeedForward() experts"
         )
     layers = []
     for layer in layer_numbers:
