@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from scipy import stats
 
+from dsv3_jax.ablation import routing_report
 from dsv3_jax.ablation.runner import Row, write_rows
 from dsv3_jax.config import Ablation
 
@@ -29,25 +30,26 @@ def smallest_effect(rows: list[Row]) -> float:
     return float(stats.t.ppf(0.975, freedom)) * pooled * math.sqrt(2 / seeds)
 
 
-def verdict(row: Row, baseline: Row, effect: float) -> str:
-    """What the table may say of a row."""
+def verdict(row: Row, reference: Row, effect: float) -> str:
+    """What the table may say of a row beside the one it is compared with."""
     if row.error:
         return f"failed: {row.error}"
-    if row is baseline:
+    if row is reference:
         return "baseline"
-    if not baseline.quality():
-        return "no baseline"
-    difference = float(np.mean(row.quality()) - np.mean(baseline.quality()))
+    if not reference.quality():
+        return f"no {reference.name} to compare with"
+    difference = float(np.mean(row.quality()) - np.mean(reference.quality()))
     if abs(difference) < effect:
         return "inconclusive at this scale"
     return "worse" if difference > 0 else "better"
 
 
-def _cells(row: Row, baseline: Row, effect: float) -> dict[str, str]:
-    quality = row.quality()
+def _cells(row: Row, reference: Row, named: bool, effect: float) -> dict[str, str]:
+    """By column. named: the verdict says what the row is compared with."""
+    quality, said = row.quality(), verdict(row, reference, effect)
     cells = {"row": row.name}
     if not quality:
-        return cells | {"verdict": verdict(row, baseline, effect)}
+        return cells | {"verdict": said}
     spread = f" ± {np.std(quality, ddof=1):.4f}" if len(quality) > 1 else ""
     cells["bits/byte"] = f"{np.mean(quality):.4f}{spread}"
     for domain, values in row.bits_per_byte.items():
@@ -61,7 +63,7 @@ def _cells(row: Row, baseline: Row, effect: float) -> dict[str, str]:
             "peak MiB (XLA)": f"{row.peak_bytes / 2**20:.0f}",
             "tokens/s": f"{row.tokens_per_second:,.0f}",
         }
-    return cells | {"verdict": verdict(row, baseline, effect)}
+    return cells | {"verdict": f"{said} (against {reference.name})" if named else said}
 
 
 def environment_line() -> str:
@@ -74,25 +76,31 @@ def environment_line() -> str:
 
 def markdown(ablation: Ablation, rows: list[Row], command: str) -> str:
     """The table with what is needed to read it: budget, hardware, smallest effect."""
-    baseline = next(row for row in rows if row.name == ablation.baseline)
-    effect = smallest_effect(rows)
-    table = [_cells(row, baseline, effect) for row in rows]
+    by_name, effect = {row.name: row for row in rows}, smallest_effect(rows)
+    references = [by_name[ablation.against.get(row.name, ablation.baseline)] for row in rows]
+    table = [
+        _cells(row, reference, row.name in ablation.against, effect)
+        for row, reference in zip(rows, references, strict=True)
+    ]
     columns = [*dict.fromkeys(name for cells in table for name in cells if name != "verdict"), "verdict"]
     config = ablation.rows[ablation.baseline]
-    tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
+    rows_a_run = {name: row.train.num_steps * row.train.batch_size for name, row in ablation.rows.items()}
+    tokens = {name: count * config.data.sequence_length for name, count in rows_a_run.items()}
     lines = [f"# {ablation.title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     lines += ["| " + " | ".join(cells.get(column, "") for column in columns) + " |" for cells in table]
-    flops = {row.name: row.flops_a_token * tokens for row in rows if row.flops_a_token}
+    flops = {row.name: row.flops_a_token * tokens[row.config_name()] for row in rows if row.flops_a_token}
     ledger = ", ".join(f"{name} {value / 1e12:.2f}" for name, value in flops.items())
+    longer = "".join(f"; {name}: {ablation.rows[name].train.num_steps} steps" for name in ablation.own_length)
     lines += [
         "",
         f"- Quality: held-out bits per byte, mean over domains, mean ± standard deviation over {len(ablation.seeds)} "
         "seeds. Lower is better.",
         f"- Budget: {config.train.num_steps} steps of {config.train.batch_size} × {config.data.sequence_length} "
-        f"positions = {tokens:,} a run, the same tokens for every run.",
+        f"positions = {tokens[ablation.baseline]:,} a run, the same tokens for every run{longer}.",
         f"- FLOP ledger (TFLOP a run, analytic, visible keys only): {ledger}.",
         f"- Smallest difference from the baseline this table could have seen (t-test, 5 %): {effect:.4f} bits/byte. "
-        "The A/A row is the baseline with other seeds.",
+        "The A/A row is the baseline with other seeds. Rows that do not differ are still told apart once in twenty "
+        f"comparisons; here are {len(rows) - 1}.",
         "- MFLOP/token: of a training step; analytic, and counted in XLA's program with loops multiplied by their "
         "trips (it includes masked parts of blocks and recomputation). Tokens/s: median, from a pass that runs alone, "
         "rows in alternation.",
@@ -119,28 +127,39 @@ def write_csv(ablation: Ablation, rows: list[Row], path: pathlib.Path) -> None:
 
 
 def plot(ablation: Ablation, rows: list[Row], path: pathlib.Path) -> None:
-    """Left: training loss against tokens, mean over seeds. Right: held-out quality against FLOPs a token."""
+    """Left: training loss against tokens, mean over seeds. Right: held-out quality against FLOPs a token, or by row
+    where the budgets are equal."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for index, row in enumerate(row for row in rows if row.curves and not row.error):
-        colour = f"C{index}"
+    drawn = [row for row in rows if row.curves and not row.error]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, max(4.2, 0.3 * len(drawn))), layout="constrained")
+    colours = plt.get_cmap("tab10" if len(drawn) <= 10 else "tab20").colors  # type: ignore[attr-defined]
+    costs = [row.flops_a_token / 1e6 for row in drawn]
+    equal = bool(drawn) and max(costs) < 1.05 * min(costs)
+    for index, (row, cost) in enumerate(zip(drawn, costs, strict=True)):
+        colour = colours[index % len(colours)]
         curves = np.asarray(row.curves)  # [seeds, steps, 2]
         tokens, loss = curves[0, :, 0], _smooth(curves[:, :, 1].mean(axis=0))
-        left.plot(tokens, loss, color=colour, label=row.name)
+        left.plot(tokens, loss, color=colour, label=row.name, linestyle="-" if index < len(colours) else "--")
         quality = row.quality()
-        cost = row.flops_a_token / 1e6
-        right.errorbar(
-            cost, np.mean(quality), np.std(quality, ddof=1) if len(quality) > 1 else 0, fmt="o", color=colour
-        )
-        right.annotate(row.name, (cost, float(np.mean(quality))), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        mean, spread = float(np.mean(quality)), float(np.std(quality, ddof=1)) if len(quality) > 1 else 0.0
+        if equal:
+            right.errorbar(mean, index, xerr=spread, fmt="o", color=colour)
+        else:
+            right.errorbar(cost, mean, spread, fmt="o", color=colour)
+            right.annotate(row.name, (cost, mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
     left.set(xlabel="tokens", ylabel="training loss (nats/token)", title=ablation.title)
-    left.legend(fontsize=8)
-    right.set(xlabel="training MFLOP per token", ylabel="held-out bits per byte", title="quality against cost")
-    right.margins(x=0.25, y=0.2)
+    if equal:
+        right.set(xlabel="held-out bits per byte", title="quality at equal training FLOPs")
+        right.set_yticks(range(len(drawn)), [row.name for row in drawn], fontsize=8)
+        right.invert_yaxis()
+    else:
+        right.set(xlabel="training MFLOP per token", ylabel="held-out bits per byte", title="quality against cost")
+        right.margins(x=0.25, y=0.2)
+    left.legend(fontsize=8 if len(drawn) <= 10 else 6)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
@@ -156,9 +175,15 @@ def _smooth(values: np.ndarray, window: int = 5) -> np.ndarray:
 
 
 def write_report(ablation: Ablation, rows: list[Row], workdir: pathlib.Path, name: str, command: str) -> str:
-    """Writes `NAME.md`, `NAME.csv`, `NAME.png` and `rows.jsonl`; returns the Markdown."""
+    """Writes `NAME.md`, `NAME.csv`, `NAME.png` and `rows.jsonl`, and `NAME_routing.png` if the table measures routing;
+    returns the Markdown."""
     workdir.mkdir(parents=True, exist_ok=True)
     text = markdown(ablation, rows, command)
+    if ablation.routing:
+        text += "\n" + routing_report.markdown(rows, f"{name}_routing.png")
+        routing_report.plot(rows, workdir / f"{name}_routing.png")
+    if ablation.claims:
+        text += "\n".join(["", "## Claims", "", *(f"- {claim}" for claim in ablation.claims), ""])
     (workdir / f"{name}.md").write_text(text)
     write_csv(ablation, rows, workdir / f"{name}.csv")
     plot(ablation, rows, workdir / f"{name}.png")

@@ -1,7 +1,8 @@
-"""Runs an ablation: every row with every seed, then a timing pass that runs alone."""
+"""Runs an ablation: every row with every seed and its routing on held-out text, then a timing pass that runs alone."""
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import time
@@ -10,15 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from dsv3_jax.analysis.routing import RoutingMeter, RoutingRecord, routed_layers
 from dsv3_jax.config import Ablation, Config, ConfigError, load, to_json
 from dsv3_jax.data.pipeline import Dataset, load_dataset
 from dsv3_jax.planning.flops import count_parameters, training_flops
 from dsv3_jax.planning.hlo import count_flops
 from dsv3_jax.sharding import make_mesh
 from dsv3_jax.training.loop import read_metrics, train
-from dsv3_jax.training.step import Trainer
+from dsv3_jax.training.step import Trainer, TrainState
 
-AA_SEED_OFFSET = 1000  # seeds of the second copy of the baseline
+AA_SEED_OFFSET, AA_SUFFIX = 1000, " (A/A)"  # of the second copy of the baseline
 
 
 class Interrupted(RuntimeError):
@@ -33,6 +35,9 @@ class Row:
     seeds: list[int]
     bits_per_byte: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # by domain
     curves: list[list[tuple[float, float]]] = dataclasses.field(default_factory=list)  # (tokens seen, training loss)
+    active_units: list[float] = dataclasses.field(default_factory=list)  # share at the end, of unit gates
+    bias_paths: list[list[list[float]]] = dataclasses.field(default_factory=list)  # spread of biases: [layer][line]
+    routing: list[RoutingRecord] = dataclasses.field(default_factory=list)  # empty: no routed layer
     parameters: int = 0
     active_parameters: int = 0
     flops_a_token: float = 0.0
@@ -41,30 +46,45 @@ class Row:
     tokens_per_second: float = 0.0
     error: str = ""
 
+    def config_name(self) -> str:
+        """The row of the ablation that this one is, or is a second copy of."""
+        return self.name.removesuffix(AA_SUFFIX)
+
     def quality(self) -> list[float]:
         """Bits per byte averaged over domains, by seed."""
         return np.mean(list(self.bits_per_byte.values()), axis=0).tolist() if self.bits_per_byte else []
 
 
 class _Shared:
-    """Trainers and datasets, made once for all runs that can share them."""
+    """Trainers, meters and datasets, made once for all runs that can share them."""
 
     def __init__(self):
         self._trainers: dict[str, Trainer] = {}
+        self._meters: dict[str, RoutingMeter] = {}
         self._datasets: dict[str, Dataset] = {}
 
     def trainer(self, config: Config) -> Trainer:
-        seedless = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
+        seedless = _seedless(config)
         key = to_json(seedless)
         if key not in self._trainers:
             self._trainers[key] = Trainer(seedless, make_mesh(config.mesh))
         return self._trainers[key]
+
+    def meter(self, config: Config) -> RoutingMeter:
+        key = to_json(_seedless(config))
+        if key not in self._meters:
+            self._meters[key] = RoutingMeter(config, make_mesh(config.mesh))
+        return self._meters[key]
 
     def dataset(self, config: Config) -> Dataset:
         key = repr((config.data, config.model.vocab_size))
         if key not in self._datasets:
             self._datasets[key] = load_dataset(config.data, config.model.vocab_size)
         return self._datasets[key]
+
+
+def _seedless(config: Config) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
 
 
 def run_ablation(ablation: Ablation, workdir: str | pathlib.Path) -> list[Row]:
@@ -79,15 +99,15 @@ def run_ablation(ablation: Ablation, workdir: str | pathlib.Path) -> list[Row]:
     workdir, shared = pathlib.Path(workdir), _Shared()
     rows = []
     for name, config in ablation.rows.items():
-        rows.append(_train_row(Row(name, list(ablation.seeds)), config, workdir, shared))
+        rows.append(_train_row(Row(name, list(ablation.seeds)), config, ablation.routing, workdir, shared))
         if name == ablation.baseline:
-            again = Row(f"{name} (A/A)", [seed + AA_SEED_OFFSET for seed in ablation.seeds])
-            rows.append(_train_row(again, config, workdir, shared))
+            again = Row(name + AA_SUFFIX, [seed + AA_SEED_OFFSET for seed in ablation.seeds])
+            rows.append(_train_row(again, config, ablation.routing, workdir, shared))
     _time_rows(rows, ablation, shared)
     return rows
 
 
-def _train_row(row: Row, config: Config, workdir: pathlib.Path, shared: _Shared) -> Row:
+def _train_row(row: Row, config: Config, routing: bool, workdir: pathlib.Path, shared: _Shared) -> Row:
     for seed in row.seeds:
         folder = workdir / "runs" / re.sub(r"[^\w.+-]+", "_", row.name) / f"seed{seed}"
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
@@ -105,6 +125,8 @@ def _train_row(row: Row, config: Config, workdir: pathlib.Path, shared: _Shared)
         if not result.finished:
             raise Interrupted(f"stopped in {folder}; the same command goes on there")
         _read_run(row, folder)
+        if routing and routed_layers(config.model):
+            row.routing.append(_routing(seeded, folder, result.state, shared))
     _static_costs(row, config, shared.trainer(config))
     return row
 
@@ -120,12 +142,27 @@ def _check_budget(config: Config, folder: pathlib.Path) -> None:
             raise ConfigError(f"{folder}: its run has config.train.{name}={theirs}, now {ours}; use another workdir")
 
 
+def _routing(config: Config, folder: pathlib.Path, state: TrainState, shared: _Shared) -> RoutingRecord:
+    """`routing.json` of a finished run, which is made if it is not there."""
+    path = folder / "routing.json"
+    if not path.is_file():
+        record = shared.meter(config).measure(state.variables(), shared.dataset(config), config.train.eval_rows)
+        temporary = path.with_suffix(".part")
+        temporary.write_text(record.to_json())
+        os.replace(temporary, path)
+    return RoutingRecord.from_json(path.read_text())
+
+
 def _read_run(row: Row, folder: pathlib.Path) -> None:
     lines = read_metrics(folder)
     row.curves.append([(line["tokens_seen"], line["loss/lm"]) for line in lines])
     for key, value in lines[-1].items():
         if key.startswith("held_out/") and key.endswith("/bits_per_byte"):
             row.bits_per_byte.setdefault(key.split("/")[1], []).append(value)
+    if "activation/active_share" in lines[-1]:
+        row.active_units.append(float(np.mean([line["activation/active_share"] for line in lines[-10:]])))
+    names = [name for name in lines[-1] if name.startswith("router/bias_std/")]
+    row.bias_paths.append([[line[name] for line in lines] for name in names])
 
 
 def _static_costs(row: Row, config: Config, trainer: Trainer) -> None:
@@ -145,7 +182,7 @@ def _time_rows(rows: list[Row], ablation: Ablation, shared: _Shared) -> None:
     running: dict[str, tuple[Trainer, Any, Any]] = {}
     for row in rows:
         if not row.error:
-            config = ablation.rows[row.name.removesuffix(" (A/A)")]
+            config = ablation.rows[row.config_name()]
             trainer = shared.trainer(config)
             running[row.name] = (trainer, trainer.init(0), shared.dataset(config).iterator(config.train.batch_size))
     seconds: dict[str, list[float]] = {name: [] for name in running}
@@ -167,10 +204,9 @@ def _time_rows(rows: list[Row], ablation: Ablation, shared: _Shared) -> None:
 
 
 def write_rows(rows: list[Row], path: pathlib.Path) -> None:
-    """`rows.jsonl`: one object a row, without the curves."""
+    """`rows.jsonl`: one object a row, without curves and routing (each run's folder has them)."""
     lines = []
     for row in rows:
-        record = dataclasses.asdict(row)
-        record.pop("curves")
+        record = {k: v for k, v in vars(row).items() if k not in ("curves", "bias_paths", "routing")}
         lines.append(json.dumps(record) + "\n")
     path.write_text("".join(lines))

@@ -311,8 +311,9 @@ class Ablation:
     that the table shows what no difference looks like. Quality is held-out bits per byte, averaged over domains.
 
     `against` names, for rows that are to be compared with another row than the baseline, that row. `own_length` names
-    rows that may train for another number of steps. `claims` are lines of Markdown that the report ends with: what
-    of the claims held, written once the table has been run.
+    rows that may train for another number of steps. `routing` asks for the routing of each run on held-out rows, and a
+    second table and plot of it. `claims` are lines of Markdown that the report ends with: what of the claims held,
+    written once the table has been run.
     """
 
     title: str
@@ -322,6 +323,7 @@ class Ablation:
     timing_steps: int = 5
     against: dict[str, str] = field(default_factory=dict)
     own_length: tuple[str, ...] = ()
+    routing: bool = False
     claims: tuple[str, ...] = ()
 
 
