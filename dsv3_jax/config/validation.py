@@ -5,7 +5,7 @@ import itertools
 
 from dsv3_jax.config.attention import RuntimeWindowed, Sparse
 from dsv3_jax.config.checks import ConfigError, check_types, require, require_one_of, require_positive
-from dsv3_jax.config.experts import GroupedSigmoid
+from dsv3_jax.config.experts import DenseDispatch, FeedForward, GroupedDispatch, GroupedSigmoid
 from dsv3_jax.config.model_validation import check_model, pattern_members
 from dsv3_jax.config.schema import (
     DTYPES,
@@ -70,10 +70,9 @@ def _validate_tasks(config: Config) -> None:
 
 
 def _validate_growth(config: Config) -> None:
-    growth, moe = config.train.growth, config.model.moe
+    growth, moe, name = config.train.growth, config.model.moe, "train.growth"
     if growth is None:
         return
-    name, experts = "train.growth", 0 if moe is None else moe.num_experts
     sparse_layers = config.model.num_layers - config.model.num_dense_layers
     require(moe is not None and sparse_layers > 0, name, growth.kind, "needs mixture-of-experts layers (model.moe)")
     assert moe is not None
@@ -83,48 +82,71 @@ def _validate_growth(config: Config) -> None:
             f"config.{name}={growth.kind}: needs model.moe.router=grouped_sigmoid, given {router.kind}: in a softmax a"
             " new expert changes the scores of all others, so that the model would jump"
         )
+    require(
+        isinstance(moe.dispatch, DenseDispatch | GroupedDispatch),
+        name,
+        growth.kind,
+        f"needs model.moe.dispatch=grouped or dense, given {moe.dispatch.kind}: the room of an expert follows from"
+        " num_experts, whether they are active or not",
+    )
+    require(
+        not (isinstance(moe.expert, FeedForward) and moe.expert.widths),
+        name,
+        growth.kind,
+        "needs experts of one width (model.moe.expert.widths empty): a copy may be of another width than its parent",
+    )
+    require(
+        not config.train.trainable,
+        name,
+        growth.kind,
+        f"needs train.trainable to be empty, given {config.train.trainable}: growth says what is trained",
+    )
     require_positive(growth, name, "ramp_steps")
     match growth:
-        case Expansion(initial_experts=first, steps=steps, ramp_steps=ramp):
-            require(
-                first >= 1 and first * 2 ** len(steps) == experts,
-                f"{name}.initial_experts",
-                first,
-                f"doubled {len(steps)} times must give model.moe.num_experts={experts}",
-            )
-            gaps = [later - step for step, later in itertools.pairwise(steps)]
-            require(
-                len(steps) > 0 and steps[0] > 0 and all(gap >= ramp for gap in gaps),
-                f"{name}.steps",
-                steps,
-                f"must be at least one step, each at least ramp_steps={ramp} after the one before, the first above 0",
-            )
-            group = first // router.num_groups
-            require(
-                first % router.num_groups == 0
-                and (group >= 2 or router.num_groups == 1)
-                and router.top_k <= router.top_groups * group,
-                f"{name}.initial_experts",
-                first,
-                f"must be at least 2 in each of router.num_groups={router.num_groups} groups, and top_k={router.top_k}"
-                f" in top_groups={router.top_groups} of them",
-            )
-        case AddedExpert(layer=layer, parent=parent):
-            require(0 <= layer < sparse_layers, f"{name}.layer", layer, f"must be between 0 and {sparse_layers - 1}")
-            require(0 <= parent < experts - 1, f"{name}.parent", parent, f"must be between 0 and {experts - 2}")
-            require(
-                router.num_groups == 1,
-                "model.moe.router.num_groups",
-                router.num_groups,
-                "must be 1 with train.growth=added_expert: one more expert leaves groups of unequal size",
-            )
-            require(router.top_k < experts, f"{name}", growth.kind, f"needs more than top_k={router.top_k} experts")
-            require(
-                not config.train.trainable,
-                "train.trainable",
-                config.train.trainable,
-                "must be empty with train.growth=added_expert, which trains the new expert alone",
-            )
+        case Expansion():
+            _validate_expansion(growth, moe.num_experts, router)
+        case AddedExpert():
+            _validate_added_expert(growth, moe.num_experts, router, sparse_layers)
+
+
+def _validate_expansion(growth: Expansion, experts: int, router: GroupedSigmoid) -> None:
+    name, first, steps, ramp = "train.growth", growth.initial_experts, growth.steps, growth.ramp_steps
+    require(
+        first >= 1 and first * 2 ** len(steps) == experts,
+        f"{name}.initial_experts",
+        first,
+        f"doubled {len(steps)} times must give model.moe.num_experts={experts}",
+    )
+    gaps = [later - step for step, later in itertools.pairwise(steps)]
+    require(
+        len(steps) > 0 and steps[0] > 0 and all(gap >= ramp for gap in gaps),
+        f"{name}.steps",
+        steps,
+        f"must be at least one step, each at least ramp_steps={ramp} after the one before, the first above 0",
+    )
+    group = first // router.num_groups
+    require(
+        first % router.num_groups == 0
+        and (group >= 2 or router.num_groups == 1)
+        and router.top_k <= router.top_groups * group,
+        f"{name}.initial_experts",
+        first,
+        f"must be at least 2 in each of router.num_groups={router.num_groups} groups, and top_k={router.top_k}"
+        f" in top_groups={router.top_groups} of them",
+    )
+
+
+def _validate_added_expert(growth: AddedExpert, experts: int, router: GroupedSigmoid, sparse_layers: int) -> None:
+    name, layer, parent = "train.growth", growth.layer, growth.parent
+    require(0 <= layer < sparse_layers, f"{name}.layer", layer, f"must be between 0 and {sparse_layers - 1}")
+    require(0 <= parent < experts - 1, f"{name}.parent", parent, f"must be between 0 and {experts - 2}")
+    require(
+        router.num_groups == 1,
+        "model.moe.router.num_groups",
+        router.num_groups,
+        f"must be 1 with {name}=added_expert: one more expert leaves groups of unequal size",
+    )
+    require(router.top_k < experts, name, growth.kind, f"needs more than router.top_k={router.top_k} experts")
 
 
 def _validate_trainable(config: Config) -> None:

@@ -1,5 +1,6 @@
 """AdamW with the width rule, schedules and moment dtypes of the config."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,13 +36,13 @@ def is_vector(path: tuple[Any, ...]) -> bool:
 
 
 def make_optimizer(
-    config: AdamW, schedule: Schedule, dim: int, trainable: tuple[str, ...] = ()
+    config: AdamW, schedule: Schedule, dim: int, keep: Callable[[Any], Any] = lambda tree: tree
 ) -> optax.GradientTransformation:
     """Clip by global norm, Adam, decoupled decay (not on norms and biases), rate by schedule and by width.
 
     Matrices train at learning_rate · base_dim / dim, embeddings and norms at learning_rate (see `config.AdamW`). The
-    decay is decoupled from the width: a matrix decays by rate · weight_decay of the schedule, at every width. Where
-    `trainable` names words, parameters without one of them in their path stay as they are.
+    decay is decoupled from the width: a matrix decays by rate · weight_decay of the schedule, at every width. `keep`
+    zeroes the updates, decay included, of what is not trained.
     """
     width = config.base_dim / dim
 
@@ -58,7 +59,7 @@ def make_optimizer(
         optax.stateless(scale_matrices),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(make_schedule(schedule, config.learning_rate)),
-        optax.stateless(lambda updates, params: keep_trainable(updates, trainable)),
+        optax.stateless(lambda updates, params: keep(updates)),
     )
 
 

@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax import axes
-from dsv3_jax.config import Config, ConfigError, ProbabilityMass
+from dsv3_jax.config import AddedExpert, Config, ConfigError, ProbabilityMass
 from dsv3_jax.evaluation.bits_per_byte import EvalStep, make_eval_step
 from dsv3_jax.layers.moe import BIAS_COLLECTION
 from dsv3_jax.models.transformer import Transformer, summed_loss
@@ -22,9 +22,9 @@ from dsv3_jax.ops.routing import (
     load_by_context,
     load_entropy,
     update_mass,
-    update_selection_bias,
 )
 from dsv3_jax.sharding import batch_sharding, constrain, shardings
+from dsv3_jax.training import growth
 from dsv3_jax.training.optimizer import keep_trainable, make_optimizer, make_schedule
 from dsv3_jax.training.terms import layer_counts, loss_terms
 
@@ -75,6 +75,12 @@ def bias_statistics(selection_bias: Any) -> dict[str, jax.Array]:
     return metrics
 
 
+def active_counts(selection_bias: Any) -> dict[str, jax.Array]:
+    """The number of active experts in each layer of a group, int32 [L], by the group's name."""
+    leaves = jax.tree_util.tree_flatten_with_path(selection_bias)[0]
+    return {path[0].key: jnp.sum(active_experts(x), axis=-1) for path, x in leaves if path[-1].key == "bias"}
+
+
 class Trainer:
     """Initialises and updates a `TrainState` on a mesh. Compiles once; on one device the mesh is one of ones."""
 
@@ -82,7 +88,9 @@ class Trainer:
         self.config, self.mesh = config, mesh
         self._model = Transformer(config.model)
         train = config.train
-        self._optimizer = make_optimizer(train.optimizer, train.schedule, config.model.dim, train.trainable)
+        self._boxed = self._init_boxed()
+        self.expert_axes = growth.find_expert_axes(self._boxed)
+        self._optimizer = make_optimizer(train.optimizer, train.schedule, config.model.dim, self._keep)
         moe = config.model.moe
         noisy = moe is not None and (moe.router_noise > 0 or moe.expert_dropout > 0)
         self._is_random = noisy or config.model.unit_gate is not None
@@ -99,6 +107,8 @@ class Trainer:
             out_shardings=(self.state_shardings, replicated),
             donate_argnums=0,
         )
+
+        self._jit_grow = jax.jit(self._grow, out_shardings=self.state_shardings, donate_argnums=0)
 
     def init(self, seed: int) -> TrainState:
         """A fresh state, each array made where it lives."""
@@ -134,6 +144,23 @@ class Trainer:
             )
         return gradients, {name: sums[name] / term.count for name, term in terms.items()}
 
+    def grow(self, state: TrainState, stage: growth.Stage) -> TrainState:
+        """The state with the new experts of a stage. The old state is consumed."""
+        with jax.set_mesh(self.mesh):
+            return self._jit_grow(state, jnp.asarray(stage.parent_E))
+
+    def _grow(self, state: TrainState, parent_E: jax.Array) -> TrainState:
+        settings = self.config.train.growth
+        assert settings is not None
+        return growth.grow(state, settings, self.expert_axes, parent_E)
+
+    def _keep(self, tree: Any) -> Any:
+        """Zeros for what is not trained."""
+        train = self.config.train
+        if isinstance(train.growth, AddedExpert):
+            return growth.keep_added(tree, train.growth, self.expert_axes)
+        return keep_trainable(tree, train.trainable)
+
     def _check_trainable(self) -> None:
         """Raises `ConfigError` for a word of `train.trainable` that names no parameter."""
         paths = jax.tree_util.tree_flatten_with_path(self.state_shapes.params)[0]
@@ -143,7 +170,7 @@ class Trainer:
                 words = ", ".join(sorted(known))
                 raise ConfigError(f"config.train.trainable: {word!r} is in no parameter's path; known: {words}")
 
-    def _boxed(self):
+    def _init_boxed(self):
         tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         return jax.eval_shape(self._model.init, jax.random.key(0), tokens)
 
@@ -154,12 +181,14 @@ class Trainer:
             step=jnp.int32(0),
             seed=seed,
             params=params,
-            selection_bias=variables.get("selection_bias", {}),
+            selection_bias=growth.first_biases(
+                self.config.train.growth, self.config.model.moe, variables.get("selection_bias", {})
+            ),
             opt_state=self._optimizer.init(params),
         )
 
     def _state_shardings(self):
-        tree = shardings(self.mesh, self._boxed())
+        tree = shardings(self.mesh, self._boxed)
         by_path = dict(jax.tree_util.tree_flatten_with_path(tree["params"])[0])
         replicated = NamedSharding(self.mesh, PartitionSpec())
 
@@ -243,18 +272,19 @@ class Trainer:
         gradients, terms, sums, loads = self._gradients(
             state.params, state.selection_bias, batch, state.step, state.seed
         )
+        gradients = self._keep(gradients)  # before norm and moments: XLA then drops what makes the others
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
         trainable = self.config.train.trainable
-        gradients = keep_trainable(gradients, trainable)  # before the norm: XLA then drops what makes the others
         selection_bias = state.selection_bias
         if not trainable or BIAS_COLLECTION in trainable:
-            selection_bias = self._update_selection(selection_bias, loads)
+            selection_bias = self._update_selection(selection_bias, loads, state.step)
         values = {name: sums[name] / term.count for name, term in terms.items()}
         metrics: dict[str, Any] = {"loss": sum(terms[name].weight * value for name, value in values.items())}
         metrics |= {f"loss/{name}": value for name, value in values.items()}
         metrics["grad_norm"] = optax.global_norm(gradients)
         metrics["learning_rate"] = self._schedule(state.step)
-        metrics |= self._statistics(sums, loads, batch) | bias_statistics(selection_bias)
+        metrics |= self._statistics(sums, loads, batch, active_counts(selection_bias))
+        metrics |= bias_statistics(selection_bias)
         new_state = TrainState(
             step=state.step + 1,
             seed=state.seed,
@@ -264,7 +294,7 @@ class Trainer:
         )
         return new_state, metrics
 
-    def _update_selection(self, selection_bias: Any, loads: dict[str, Load]) -> Any:
+    def _update_selection(self, selection_bias: Any, loads: dict[str, Load], step: jax.Array) -> Any:
         """Moves what loads move: biases towards balance, and the mass towards its mean k, in each layer."""
         moe = self.config.model.moe
         if moe is None:
@@ -276,17 +306,21 @@ class Trainer:
             if path[-1].key == "mass":
                 assert isinstance(router, ProbabilityMass)
                 return update_mass(x, jnp.sum(load.load_LE, axis=-1) / jnp.maximum(load.tokens_L, 1), router)
-            return update_selection_bias(x, load.load_LE, router.bias_update_rate)
+            return growth.update_bias(self.config.train.growth, moe, x, load.load_LE, step)
 
         return jax.tree_util.tree_map_with_path(update, selection_bias)
 
-    def _statistics(self, sums: dict[str, jax.Array], loads: dict[str, Load], batch: Batch) -> dict[str, jax.Array]:
-        """What is logged of routers and gates."""
+    def _statistics(
+        self, sums: dict[str, jax.Array], loads: dict[str, Load], batch: Batch, active: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """What is logged of routers and gates; active: see `active_counts`."""
         metrics: dict[str, jax.Array] = {}
         if loads:
             load_LE = jnp.concatenate([load.load_LE for load in loads.values()])
             tokens_L = jnp.concatenate([load.tokens_L for load in loads.values()])
-            mean_L = jnp.maximum(jnp.mean(load_LE, axis=-1), 1e-9)
+            active_L = jnp.concatenate([active[group] for group in loads])
+            mean_L = jnp.maximum(jnp.sum(load_LE, axis=-1) / active_L, 1e-9)
+            metrics["router/active_experts"] = jnp.mean(active_L.astype(jnp.float32))
             metrics["router/max_over_mean"] = jnp.mean(jnp.max(load_LE, axis=-1) / mean_L)
             metrics["router/mean_k"] = jnp.sum(load_LE) / jnp.maximum(jnp.sum(tokens_L), 1)
             metrics["router/dropped"] = sums["dropped"] / jnp.maximum(jnp.sum(load_LE), 1)
