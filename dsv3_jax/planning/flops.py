@@ -114,7 +114,7 @@ def _unit_share(config: ModelConfig) -> float:
 
 
 def _expert_flops(config: ModelConfig, moe: MixtureOfExperts, length: int) -> dict[str, float]:
-    """Of one mixture-of-experts layer. Where the gate decides how many experts a token has, all tokens count as the mean."""
+    """Of one mixture-of-experts layer. Where the gate decides how many experts a token has, all count as the mean."""
     D, E, k = config.dim, moe.num_experts, experts_per_token(moe.router)
     condition = 0 if moe.condition is None else moe.condition.dim
     parts = {

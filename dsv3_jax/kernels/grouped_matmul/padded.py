@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 def padded_matmul(x_ND: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """x_ND sorted by group, group sizes [E] -> [N, F]. Rows past the last group hold what means nothing."""
-    (N, D), (E, _, F) = x_ND.shape, w_EDF.shape
+    N, (E, _, F) = len(x_ND), w_EDF.shape
     block = -(-N // E)
     num_blocks = (N + E * (block - 1)) // block  # Σ ceil(size / block) is at most this
     end_E = jnp.cumsum(group_sizes_E)
