@@ -127,8 +127,8 @@ def write_csv(ablation: Ablation, rows: list[Row], path: pathlib.Path) -> None:
 
 
 def plot(ablation: Ablation, rows: list[Row], path: pathlib.Path) -> None:
-    """Left: training loss against tokens, mean over seeds. Right: held-out quality against FLOPs a token, or by row
-    where the budgets are equal."""
+    """Left: training loss against tokens, mean over seeds. Right: held-out quality against FLOPs a token; by row where
+    there are too many to label."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -137,23 +137,23 @@ def plot(ablation: Ablation, rows: list[Row], path: pathlib.Path) -> None:
     drawn = [row for row in rows if row.curves and not row.error]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, max(4.2, 0.3 * len(drawn))), layout="constrained")
     colours = plt.get_cmap("tab10" if len(drawn) <= 10 else "tab20").colors  # type: ignore[attr-defined]
-    costs = [row.flops_a_token / 1e6 for row in drawn]
-    equal = bool(drawn) and max(costs) < 1.05 * min(costs)
-    for index, (row, cost) in enumerate(zip(drawn, costs, strict=True)):
+    by_row = len(drawn) > 8
+    for index, row in enumerate(drawn):
+        cost = row.flops_a_token / 1e6
         colour = colours[index % len(colours)]
         curves = np.asarray(row.curves)  # [seeds, steps, 2]
         tokens, loss = curves[0, :, 0], _smooth(curves[:, :, 1].mean(axis=0))
         left.plot(tokens, loss, color=colour, label=row.name, linestyle="-" if index < len(colours) else "--")
         quality = row.quality()
         mean, spread = float(np.mean(quality)), float(np.std(quality, ddof=1)) if len(quality) > 1 else 0.0
-        if equal:
+        if by_row:
             right.errorbar(mean, index, xerr=spread, fmt="o", color=colour)
         else:
             right.errorbar(cost, mean, spread, fmt="o", color=colour)
             right.annotate(row.name, (cost, mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
     left.set(xlabel="tokens", ylabel="training loss (nats/token)", title=ablation.title)
-    if equal:
-        right.set(xlabel="held-out bits per byte", title="quality at equal training FLOPs")
+    if by_row:
+        right.set(xlabel="held-out bits per byte", title="quality")
         right.set_yticks(range(len(drawn)), [row.name for row in drawn], fontsize=8)
         right.invert_yaxis()
     else:

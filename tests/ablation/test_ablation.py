@@ -7,17 +7,20 @@ import numpy as np
 import pytest
 
 from dsv3_jax import config as c
-from dsv3_jax.ablation.report import smallest_effect, verdict, write_report
+from dsv3_jax.ablation.report import markdown, smallest_effect, verdict, write_report
 from dsv3_jax.ablation.runner import Row, run_ablation
+from dsv3_jax.analysis.routing import RoutingMeter, RoutingRecord, entropy_share, max_over_mean
 from tests.conftest import tiny_config
 
 
 def ablation(corpus) -> c.Ablation:
     rows = {}
     for name, pattern in (("full", c.Full()), ("window", c.Windowed(4)), ("broken", c.Windowed(0))):
-        rows[name] = tiny_config(corpus, num_steps=3, eval_every=3)
+        steps = 4 if name == "window" else 3
+        rows[name] = tiny_config(corpus, num_steps=steps, eval_every=steps)
         rows[name].model.attention.pattern = pattern
-    return c.Ablation("Test table", rows, baseline="full", seeds=(0, 1), timing_steps=1)
+    settings = {"against": {"broken": "window"}, "own_length": ("window",), "claims": ("Nothing held.",)}
+    return c.Ablation("Test table", rows, baseline="full", seeds=(0, 1), timing_steps=1, routing=True, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +53,57 @@ def test_the_report_says_what_failed_and_what_it_could_have_seen(table):
     assert [record["name"] for record in records] == [row.name for row in rows]
 
 
-def test_a_second_call_skips_finished_runs_and_gives_the_same_quality(table, corpus, capsys):
+def test_every_run_leaves_its_routing_and_the_report_sums_it_up(table):
+    workdir, rows, text = table
+    for row in rows[:3]:
+        assert len(row.routing) == 2
+        for seed, record, path in zip(row.seeds, row.routing, row.bias_paths, strict=True):
+            folder = workdir / "runs" / ("full_A_A_" if "A/A" in row.name else row.name) / f"seed{seed}"
+            assert RoutingRecord.from_json((folder / "routing.json").read_text()).to_json() == record.to_json()
+            # What training left in the last checkpoint: its biases, and what the log says of them.
+            assert record.load_CLE.shape == (1, 1, 8) and np.abs(record.bias_LE).max() > 0
+            assert path[0][-1] == pytest.approx(record.bias_LE.std(), rel=1e-4)
+    line = next(line for line in text.split("## Routing")[1].splitlines() if line.startswith("| window"))
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    by_hand = [np.mean([measure(r.load_CLE[0]) for r in rows[2].routing]) for measure in (entropy_share, max_over_mean)]
+    assert cells[1] == cells[2] == f"{by_hand[0]:.3f}" and cells[3] == f"{by_hand[1]:.2f}"
+    assert cells[5:] == ["2.00", "0.00%"]
+    assert (workdir / "patterns_routing.png").read_bytes().startswith(b"\x89PNG")
+    assert text.endswith("## Claims\n\n- Nothing held.\n")
+
+
+def test_a_row_of_its_own_length_is_named_and_its_flops_are_its_own(table):
+    _, rows, text = table
+    assert "384 a run, the same tokens for every run; window: 4 steps." in text
+    assert [len(curve) for row in rows for curve in row.curves] == [3, 3, 3, 3, 4, 4]
+    tokens = 4 * 4 * 32
+    assert f"window {rows[2].flops_a_token * tokens / 1e12:.2f}." in text
+
+
+def test_a_row_may_be_compared_with_another_than_the_baseline():
+    values = {"x": [1.0, 1.1], "y": [3.0, 3.1], "z": [2.0, 2.1]}
+    rows = [Row(name, [0, 1], {"a": quality}) for name, quality in values.items()]
+    table = c.Ablation("t", {name: c.Config() for name in values}, baseline="x", against={"z": "y"})
+    cells = {line.split("|")[1].strip(): line for line in markdown(table, rows, "").splitlines() if "|" in line}
+    assert cells["y"].endswith("| worse |") and cells["z"].endswith("| better (against y) |")
+
+
+def test_a_second_call_skips_finished_runs_and_gives_the_same_rows(table, corpus, capsys, monkeypatch):
     workdir, rows, _ = table
+    monkeypatch.delattr(RoutingMeter, "measure")
     again = run_ablation(ablation(corpus), workdir)
     assert capsys.readouterr().out.count("nothing to do") == 6
     assert [row.quality() for row in again] == [row.quality() for row in rows]
+    assert [r.to_json() for row in again for r in row.routing] == [r.to_json() for row in rows for r in row.routing]
 
 
 def test_a_table_refuses_to_mix_budgets(table, corpus, tmp_path):
     workdir, _, _ = table
     longer = ablation(corpus)
     for config in longer.rows.values():
-        config.train.num_steps = 4
+        config.train.num_steps = 5
     rows = run_ablation(longer, workdir)
-    assert "num_steps=3, now 4; use another workdir" in rows[0].error
+    assert "num_steps=3, now 5; use another workdir" in rows[0].error
     file = tmp_path / "table.py"
     file.write_text(
         "from dsv3_jax import config as c\n"
@@ -72,6 +112,9 @@ def test_a_table_refuses_to_mix_budgets(table, corpus, tmp_path):
         "    return c.Ablation('t', rows, baseline='a')\n"
     )
     with pytest.raises(c.ConfigError, match="row 'b' differs from 'a'"):
+        c.load_ablation(str(file))
+    file.write_text(file.read_text().replace("baseline='a'", "baseline='a', own_length=('d',)"))
+    with pytest.raises(c.ConfigError, match="against or own_length names 'd', which is not a row"):
         c.load_ablation(str(file))
 
 
