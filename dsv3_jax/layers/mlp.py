@@ -11,6 +11,10 @@ from dsv3_jax.layers.inputs import Packing
 from dsv3_jax.ops.dispatch import swiglu
 from dsv3_jax.sharding import constrain
 
+KEY_STREAM = (
+    2  # a layer's router draws from the same keys: its noise from the keys themselves, its dropout from stream 1
+)
+
 
 def switch(logits: jax.Array, noise: jax.Array, temperature: float) -> jax.Array:
     """1 where logits + noise > 0, else 0; the gradient is that of sigmoid((logits + noise) / temperature).
@@ -45,7 +49,8 @@ class BlockSwitches(nn.Module):
         logits_BTJ = jnp.einsum("BTH,HJ->BTJ", hidden_BTH, w_out_HJ) + bias_J
         noise_BTJ = jnp.zeros_like(logits_BTJ)
         if packing.key_B is not None:
-            noise_BTJ = jax.vmap(lambda key: jax.random.logistic(key, logits_BTJ.shape[1:]))(packing.key_B)
+            keys_B = jax.vmap(jax.random.fold_in, (0, None))(packing.key_B, KEY_STREAM)
+            noise_BTJ = jax.vmap(lambda key: jax.random.logistic(key, logits_BTJ.shape[1:]))(keys_B)
         on_BTJ = switch(logits_BTJ, noise_BTJ, gate.temperature)
         real_BT = packing.token_mask_BT.astype(jnp.float32)
         share_BT = jnp.mean(on_BTJ, axis=-1) * real_BT

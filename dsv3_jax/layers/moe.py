@@ -52,17 +52,18 @@ class MoE(nn.Module):
             lost_BTK = (experts_BTK < E) & ~keep_BTK & packing.token_mask_BT[..., None]
             routing.sums["dropped"] = jnp.sum(lost_BTK.astype(jnp.float32))
             experts_BTK = jnp.where(keep_BTK, experts_BTK, E)
+        weights_BTK = jnp.where(experts_BTK < E, routing.weights_BTK, 0)
 
         together = isinstance(moe.combination, CrossExpertAttention)
         match moe.expert:
             case DeepExpert() as deep:
                 y_BTKD = DeepExperts(config, moe, deep, name="deep")(x_BTD, experts_BTK, packing)
-                y_BTD = y_BTKD if together else _weighted_sum(routing.weights_BTK, y_BTKD)
+                y_BTD = y_BTKD if together else _weighted_sum(weights_BTK, y_BTKD)
             case FeedForward() as feed_forward:
-                y_BTD = self._feed_forward(feed_forward, x_BTD, routing.weights_BTK, experts_BTK, not together)
+                y_BTD = self._feed_forward(feed_forward, x_BTD, weights_BTK, experts_BTK, not together)
         if isinstance(moe.combination, CrossExpertAttention):
             y_BTKD = CrossExpert(config, moe.combination, name="cross_expert")(y_BTD, experts_BTK < E)
-            y_BTD = _weighted_sum(routing.weights_BTK, y_BTKD)
+            y_BTD = _weighted_sum(weights_BTK, y_BTKD)
         y_BTD = constrain(y_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED))
         sums: dict[str, jax.Array] = {}
         if moe.num_shared_experts:
