@@ -19,7 +19,7 @@ DEPTHS = {
     "depth 3": c.MultiToken(depth=3),
 }
 NUM_STEPS = 60
-NUM_STEPS_AT_EQUAL_FLOPS = 94  # of depth 0: as many FLOPs as NUM_STEPS of depth 1
+NUM_STEPS_AT_EQUAL_FLOPS = 98  # of depth 0: as many FLOPs as NUM_STEPS of depth 1
 LONGER = "depth 0, FLOPs of depth 1"
 
 
