@@ -1,5 +1,6 @@
-"""The published DeepSeek-V3 (arXiv:2412.19437, section 4.2; `config.json` of the released checkpoint), without its
-multi-token-prediction layer: 671B parameters, 37B active. Checked by `eval_shape`; it needs a cluster to run.
+"""The published DeepSeek-V3 (arXiv:2412.19437, section 4.2; `config.json` of the released checkpoint): 671B parameters,
+37B active, and a multi-token-prediction module of 12B that shares their embedding and head. Checked by `eval_shape`; it
+needs a cluster to run.
 
     .venv/bin/python -c "from dsv3_jax.config import load; from dsv3_jax.planning.flops import count_parameters; \
 print(count_parameters(load('configs/dsv3_671b.py').model))"
@@ -30,6 +31,8 @@ def get_config() -> c.Config:
             dense_dim=18_432,
             attention=c.Attention(projection=latent),
             moe=c.MixtureOfExperts(num_experts=256, expert_dim=2048, num_shared_experts=1, router=router),
+            # 0.3 for the first 10T tokens, at 15,360 x 4096 tokens a step; then 0.1.
+            mtp=c.MultiToken(depth=1, weight=0.3, late_weight=0.1, late_step=158_946),
             init_std=0.006,
             compute_dtype="bfloat16",
             remat="full",

@@ -11,6 +11,7 @@ from dsv3_jax.config import (
     DeepSeekTokenizer,
     Full,
     ModelConfig,
+    MultiToken,
     TrainConfig,
     Windowed,
     flatten,
@@ -21,18 +22,17 @@ from dsv3_jax.interop.tensors import Tensor, tensor_table
 
 
 class Published(NamedTuple):
-    """What config.json says. `block`: of float8 scales. `prediction_layers`: how many it announces."""
+    """What config.json says. `block`: of float8 scales."""
 
     architecture: Architecture
     config: ModelConfig
     neighbours: bool
     block: tuple[int, int] | None
-    prediction_layers: int
 
-    def table(self, prediction_layers: int) -> list[Tensor]:
+    def table(self) -> list[Tensor]:
         """The tensors of its checkpoint."""
         a = self.architecture
-        return tensor_table(self.config, a.experts, a.has_bias, self.neighbours, prediction_layers)
+        return tensor_table(self.config, a.experts, a.has_bias, self.neighbours)
 
 
 # Fields that say nothing about what a forward pass computes, or that repeat another field.
@@ -61,7 +61,11 @@ FREE = (
     "moe.router.z_weight",
     "moe.router_noise",
     "moe.expert_dropout",
+    "mtp.weight",
+    "mtp.late_weight",
+    "mtp.late_step",
 )
+MODULES = "num_nextn_predict_layers"  # of multi-token prediction
 # What tells the architectures apart.
 PATTERN = "attention.pattern.kind"
 KINDS = ("attention.projection.kind", PATTERN, "moe.router.kind", "attention.projection.qk_norm")
@@ -120,7 +124,7 @@ def _check_numbers(architecture: Architecture, left: Json) -> None:
     """Fields that are counted or calculated with before the model as a whole is checked."""
     for name, value in left.items():
         path = architecture.fields.get(name)
-        if path is None and name != "num_nextn_predict_layers":
+        if path is None and name != MODULES:
             continue
         if not isinstance(value, int | float):
             raise refused(name, value, "must be a number, true or false")
@@ -151,11 +155,14 @@ def read_config(given: Json, stored_dtype: str = "float32") -> Published:
     block = _read_quantization(left)
     theta, scaling, left = read_rope(left, architecture.default_theta, architecture.scales_softmax)
     neighbours = architecture.neighbours and left.pop("rope_interleave", True)
-    prediction_layers = left.pop("num_nextn_predict_layers", 0) if architecture.has_prediction else 0
+    modules = left.pop(MODULES, 0) if architecture.has_prediction else 0
     left = architecture.read(left)
     config = _fill(architecture, left)
     config.compute_dtype = COMPUTE[dtypes[0]]
     config.attention.rope_theta, config.attention.rope_scaling = theta, scaling
+    config.mtp = MultiToken(depth=modules) if modules else None
+    if modules and config.num_dense_layers == config.num_layers:
+        raise refused(MODULES, modules, "its layers have experts, and here no other layer has any; must be 0")
     for field_name, harmless in architecture.fixed.items():
         value = left.pop(field_name, harmless[0])
         if value not in harmless:
@@ -163,7 +170,7 @@ def read_config(given: Json, stored_dtype: str = "float32") -> Published:
     for field_name, value in left.items():
         raise refused(field_name, value, f"not a field of {name} that we know; its effect would be ignored")
     _validate(config)
-    return Published(architecture, config, neighbours, block, prediction_layers)
+    return Published(architecture, config, neighbours, block)
 
 
 def _write(architecture: Architecture, config: ModelConfig) -> Json:
@@ -173,11 +180,13 @@ def _write(architecture: Architecture, config: ModelConfig) -> Json:
         fields[name] = getattr(node, last, None)
     if fields["max_position_embeddings"] is None:
         del fields["max_position_embeddings"]
+    modules = {MODULES: 0 if config.mtp is None else config.mtp.depth} if architecture.has_prediction else {}
     return (
         {"model_type": architecture.model_type, "architectures": [architecture.class_name]}
         | architecture.write(fields)
         | write_rope(config.attention, architecture.scales_softmax)
         | {name: values[0] for name, values in architecture.fixed.items()}
+        | modules
         | {"dtype": config.compute_dtype}
     )
 

@@ -1,5 +1,6 @@
 """Hugging Face checkpoints in and out: config.json and safetensors in the published layout."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import DTYPES, ConfigError, ModelConfig
-from dsv3_jax.interop.config_json import IGNORED_TENSORS, Published, read_config, write_config
+from dsv3_jax.interop.config_json import IGNORED_TENSORS, MODULES, Published, read_config, write_config
 from dsv3_jax.interop.safetensors_files import (
     DTYPE_NAMES,
     FLOAT8,
@@ -72,7 +73,8 @@ def open_hf(directory: str | pathlib.Path, dtype: str | None = None) -> Opened:
 
     Raises:
       ConfigError: no checkpoint, an unknown architecture, an unsupported field, a truncated file, a tensor that is
-        missing, left over or of another shape, or a head that differs from the embeddings it is tied to.
+        missing, left over or of another shape, a head that differs from the embeddings it is tied to, or an embedding
+        or a head of a multi-token-prediction module that is not the model's.
     """
     directory = pathlib.Path(directory)
     if dtype not in (None, *DTYPES):
@@ -91,7 +93,9 @@ def open_hf(directory: str | pathlib.Path, dtype: str | None = None) -> Opened:
     embedding = stored.get(EMBEDDING)
     if embedding is not None:
         published = read_config(given, KEPT[embedding.dtype].name)
-    table = published.table(_prediction_layers(published, stored))
+    if not _has_modules(published.config, stored):
+        published = published._replace(config=dataclasses.replace(published.config, mtp=None))
+    table = published.table()
     try:
         _check_tensors(published, table, stored)
     except ConfigError as error:
@@ -99,15 +103,27 @@ def open_hf(directory: str | pathlib.Path, dtype: str | None = None) -> Opened:
     config = published.config
     if dtype is not None:
         config.compute_dtype = dtype
-    opened = Opened(config, published.block, table, stored, _leaves(config, table, stored, dtype))
-    if config.tie_embeddings and HEAD in stored:
-        _check_head(directory, opened)
+    loaded = [tensor for tensor in table if not tensor.copy]
+    opened = Opened(config, published.block, loaded, stored, _leaves(config, loaded, stored, dtype))
+    if config.tie_embeddings and HEAD in stored and not _same(opened, HEAD, EMBEDDING):
+        raise ConfigError(
+            f"{directory}: tie_word_embeddings is true, but {HEAD} is not {EMBEDDING}; if the head is the model's "
+            "own, set tie_word_embeddings to false in config.json, else delete the tensor"
+        )
+    originals = {tensor.path: tensor.name for tensor in loaded}
+    for copy in [tensor for tensor in table if tensor.copy and tensor.name in stored]:
+        original = originals[copy.path]
+        if not _same(opened, copy.name, original):
+            raise ConfigError(
+                f"{directory}: {copy.name} is not {original}; a multi-token-prediction module shares the model's "
+                f"embedding and head, so delete the tensor, or set {MODULES} to 0 in config.json and delete its layers"
+            )
     return opened
 
 
-def _check_head(directory: pathlib.Path, opened: Opened) -> None:
-    """A head that is stored beside tied embeddings must be a copy of them."""
-    count, width = opened.stored[EMBEDDING].shape
+def _same(opened: Opened, name: str, original: str) -> bool:
+    """Whether two stored matrices hold the same values."""
+    count, width = opened.stored[original].shape
 
     def rows(name: str, begin: int) -> np.ndarray:
         stored = opened.stored[name]
@@ -116,19 +132,14 @@ def _check_head(directory: pathlib.Path, opened: Opened) -> None:
         offset = stored.offset + begin * width * stored.dtype.itemsize
         return stored._replace(offset=offset, shape=(min(ROWS, count - begin), width)).read().astype(np.float32)
 
-    for begin in range(0, count, ROWS):
-        if not np.array_equal(rows(EMBEDDING, begin), rows(HEAD, begin)):
-            raise ConfigError(
-                f"{directory}: tie_word_embeddings is true, but {HEAD} is not {EMBEDDING}; if the head is the model's "
-                "own, set tie_word_embeddings to false in config.json, else delete the tensor"
-            )
+    return all(np.array_equal(rows(name, begin), rows(original, begin)) for begin in range(0, count, ROWS))
 
 
-def _prediction_layers(published: Published, stored: Collection[str]) -> int:
-    """Announced multi-token-prediction layers may be absent altogether (transformers drops them)."""
-    first = published.config.num_layers
-    prefixes = tuple(f"model.layers.{first + i}." for i in range(published.prediction_layers))
-    return published.prediction_layers if any(name.startswith(prefixes) for name in stored if prefixes) else 0
+def _has_modules(config: ModelConfig, stored: Collection[str]) -> bool:
+    """Announced multi-token-prediction modules may be absent altogether (transformers drops them)."""
+    depth = 0 if config.mtp is None else config.mtp.depth
+    prefixes = tuple(f"model.layers.{config.num_layers + index}." for index in range(depth))
+    return depth > 0 and any(name.startswith(prefixes) for name in stored)
 
 
 def _check_tensors(published: Published, table: list[Tensor], stored: dict[str, Stored]) -> None:
@@ -140,7 +151,8 @@ def _check_tensors(published: Published, table: list[Tensor], stored: dict[str, 
             raise ConfigError(f"tensor {name} is float8, but config.json has no quantization_config to scale it by")
         sizes = zip(expected[name], published.block, strict=True)
         expected[name + SCALE] = tuple(-(-size // block) for size, block in sizes)
-    missing = [name for name in expected if name not in stored]
+    copies = {tensor.name for tensor in table if tensor.copy}
+    missing = [name for name in expected if name not in stored and name not in copies]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ConfigError(
@@ -213,8 +225,9 @@ def load_hf(directory: str | pathlib.Path, dtype: str | None = None) -> tuple[Mo
     Architectures: deepseek_v3, deepseek_v32, deepseek_v2, llama, qwen3_moe, mixtral.
 
     Weights stay float32 or bfloat16 as stored; float16 becomes float32, float8 with block scales is dequantized to
-    bfloat16. `config.compute_dtype` follows config.json, float16 again as float32. Multi-token-prediction layers are in
-    `variables["mtp"]`, in the layout of the other layers, stacked; `apply` does not use them.
+    bfloat16. `config.compute_dtype` follows config.json, float16 again as float32. Multi-token-prediction modules that
+    the checkpoint holds are `config.mtp` and `params/mtp`; the copies of embedding and head that are stored with them
+    are compared with the model's and not loaded.
 
     Args:
       dtype: "float32" or "bfloat16", for the weights and for `compute_dtype`. The selection bias stays float32.
@@ -255,12 +268,7 @@ def plan_hf(
       ConfigError: it cannot; names the field or the leaf.
     """
     config_json, published = write_config(config)
-    layers = leaves["mtp/embedding"].shape[0] if "mtp/embedding" in leaves else 0
-    if layers and not published.architecture.has_prediction:
-        raise ConfigError(f"variables['mtp']: a {config_json['model_type']} has no multi-token-prediction layers")
-    if published.architecture.has_prediction:
-        config_json["num_nextn_predict_layers"] = layers
-    table = published.table(layers)
+    table = published.table()
     expected = leaf_shapes(table)
     if BIAS in leaves and BIAS not in expected:
         if np.any(np.asarray(leaves[BIAS])):
@@ -301,7 +309,8 @@ def save_hf(
 ) -> None:
     """Writes a model as a published checkpoint that transformers opens, in the dtypes of its leaves.
 
-    The architecture is found from the config. The inverse of `load_hf`, `variables["mtp"]` included.
+    The architecture is found from the config. The inverse of `load_hf`: multi-token-prediction modules are written with
+    copies of embedding and head.
 
     Raises:
       ConfigError: no published architecture expresses the model (names the field), or the folder holds a checkpoint.

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dsv3_jax.config import GroupedQuery, Latent, ModelConfig, Sparse
+from dsv3_jax.models.stack import layer_groups, prediction_group
 
 ALL = slice(None)
 BIAS = "selection_bias/moe_layers/moe/bias"
+EMBEDDING_PATH = "params/embedding"
 
 
 class ExpertNames(NamedTuple):
@@ -27,7 +29,8 @@ class Tensor(NamedTuple):
 
     A published matrix is [out, in]; `inputs` counts the leading axes of our shape that are its `in` (None: same layout
     on both sides). The last `rotated` features of our last axis are in halves where the published ones are neighbours
-    (RoPE pairs feature i with i + R/2 here, 2i with 2i + 1 there).
+    (RoPE pairs feature i with i + R/2 here, 2i with 2i + 1 there). A `copy` repeats another tensor: it is written,
+    compared when a checkpoint is opened, and not loaded.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Tensor(NamedTuple):
     index: tuple[int | slice, ...] = ()
     inputs: int | None = 1
     rotated: int = 0
+    copy: bool = False
 
     @property
     def published_shape(self) -> tuple[int, ...]:
@@ -138,51 +142,56 @@ def _block(config: ModelConfig, experts: ExpertNames | None, has_bias: bool, nei
         yield from _experts(config, experts, has_bias)
 
 
-def _stack(tensors: Iterable[Tensor], layer: int, group: str, bias_group: str, index: int) -> Iterator[Tensor]:
+def _stack(tensors: Iterable[Tensor], layer: int, group: str, index: int) -> Iterator[Tensor]:
     """The tensors of a layer, as the `index`-th of a stacked group. The selection bias has a collection of its own."""
     for tensor in tensors:
-        where = bias_group if tensor.path == "moe/bias" else group
+        collection = "selection_bias" if tensor.path == "moe/bias" else "params"
         name = f"model.layers.{layer}.{tensor.name}"
-        yield tensor._replace(name=name, path=f"{where}/{tensor.path}", index=(index, *tensor.index))
+        yield tensor._replace(name=name, path=f"{collection}/{group}/{tensor.path}", index=(index, *tensor.index))
 
 
-def _prediction(config: ModelConfig) -> Iterator[Tensor]:
-    """What a multi-token-prediction layer has beside its block (arXiv:2412.19437, section 2.2)."""
+def _head(config: ModelConfig, name: str) -> Tensor:
     D, V = config.dim, config.vocab_size
-    yield Tensor("embed_tokens.weight", "embedding", (V, D), inputs=None)
-    yield _vector("enorm.weight", "embedding_norm/scale", D)
-    yield _vector("hnorm.weight", "hidden_norm/scale", D)
-    yield Tensor("eh_proj.weight", "projection", (2 * D, D))
-    yield _vector("shared_head.norm.weight", "final_norm/scale", D)
-    yield Tensor("shared_head.head.weight", "head", (D, V))
+    if config.tie_embeddings:
+        return Tensor(name, EMBEDDING_PATH, (V, D), inputs=None)
+    return Tensor(name, "params/head", (D, V))
 
 
-def tensor_table(
-    config: ModelConfig, experts: ExpertNames | None, has_bias: bool, neighbours: bool, prediction_layers: int = 0
-) -> list[Tensor]:
-    """Every tensor of a published checkpoint of this model.
+def _prediction(config: ModelConfig, layer: int, index: int) -> Iterator[Tensor]:
+    """What a multi-token-prediction module has beside its block. The embedding and the head are the main model's."""
+    D, V, prefix = config.dim, config.vocab_size, f"model.layers.{layer}"
+    own = [
+        _vector("enorm.weight", "embedding_norm/scale", D),
+        _vector("hnorm.weight", "hidden_norm/scale", D),
+        Tensor("eh_proj.weight", "w_projection", (2 * D, D)),
+        _vector("shared_head.norm.weight", "final_norm/scale", D),
+    ]
+    yield Tensor(f"{prefix}.embed_tokens.weight", EMBEDDING_PATH, (V, D), inputs=None, copy=True)
+    yield from _stack(own, layer, "mtp", index)
+    yield _head(config, f"{prefix}.shared_head.head.weight")._replace(copy=True)
+
+
+def tensor_table(config: ModelConfig, experts: ExpertNames | None, has_bias: bool, neighbours: bool) -> list[Tensor]:
+    """Every tensor of a published checkpoint of this model, multi-token-prediction modules as layers after the last.
 
     Args:
       experts: names of the mixture of experts, if the architecture has one.
       has_bias: whether selection biases are stored (`e_score_correction_bias`).
       neighbours: whether rotated features of latent attention are stored as neighbouring pairs.
-      prediction_layers: multi-token-prediction layers after the last layer; their tree is `variables["mtp"]`.
     """
-    D, V, dense = config.dim, config.vocab_size, config.num_dense_layers
-    table = [Tensor("model.embed_tokens.weight", "params/embedding", (V, D), inputs=None)]
-    for layer in range(config.num_layers):
-        names = None if layer < dense else experts
-        group, index = ("dense_layers", layer) if layer < dense else ("moe_layers", layer - dense)
-        block = _block(config, names, has_bias, neighbours)
-        table += _stack(block, layer, f"params/{group}", f"selection_bias/{group}", index)
-    for index in range(prediction_layers):
+    D, V, modules = config.dim, config.vocab_size, prediction_group(config)
+    table = [Tensor("model.embed_tokens.weight", EMBEDDING_PATH, (V, D), inputs=None)]
+    for group in layer_groups(config):
+        for index in range(group.count):
+            block = _block(config, None if group.moe is None else experts, has_bias, neighbours)
+            table += _stack(block, group.first + index, group.name, index)
+    for index in range(0 if modules is None else modules.count):
         layer = config.num_layers + index
-        table += _stack(_prediction(config), layer, "mtp", "", index)
-        block = _block(config, experts, has_bias, neighbours)
-        table += _stack(block, layer, "mtp/block", "mtp/selection_bias", index)
+        table += _prediction(config, layer, index)
+        table += _stack(_block(config, experts, has_bias, neighbours), layer, "mtp/block", index)
     table.append(_vector("model.norm.weight", "params/final_norm/scale", D))
     if not config.tie_embeddings:
-        table.append(Tensor("lm_head.weight", "params/head", (D, V)))
+        table.append(_head(config, "lm_head.weight"))
     return table
 
 

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import ConfigError, ModelConfig, flatten
+from dsv3_jax.data import packages
 from dsv3_jax.interop.config_json import FREE as UNSEEN
+from dsv3_jax.interop.gguf import load_gguf
 from dsv3_jax.interop.huggingface import copy_tensors, flat, is_hf_directory, nested, open_hf
 from dsv3_jax.interop.weight_folder import has_weights, open_weights
 from dsv3_jax.training.checkpoints import open_checkpoints, place, run_config
@@ -22,8 +24,8 @@ CHANGES = (
     "compute_dtype",
     "context_length",
 )
-# Parts of the tree that belong to a pattern: they start fresh where the source has none.
-PATTERN_PARTS = ("indexer", "gate")
+# Parts of the tree that start fresh where the source has none: of a pattern, and multi-token prediction.
+FRESH_PARTS = ("indexer", "gate", "mtp")
 Abstract = dict[str, jax.ShapeDtypeStruct]
 
 
@@ -36,6 +38,7 @@ class Source(NamedTuple):
       leaves: path -> shape and dtype.
       load: reads the leaves it is given, on their shardings.
       notes: what to say of it when a run starts.
+      fresh: words of the paths of leaves that it lacks and that start fresh.
     """
 
     name: str
@@ -43,14 +46,20 @@ class Source(NamedTuple):
     leaves: Abstract
     load: Callable[[Abstract], Any]
     notes: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
 
 def open_source(init_from: str) -> Source:
-    """A run with a checkpoint, converted weights, or a Hugging Face directory.
+    """A run with a checkpoint, converted weights, a Hugging Face directory, or a GGUF file, which is read at once.
 
     Raises:
       ConfigError: none of these is there, or it cannot be read.
     """
+    if packages.is_gguf(init_from):
+        model, variables = load_gguf(packages.gguf_path(init_from))
+        arrays = flat(variables)
+        leaves = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in arrays.items()}
+        return Source(init_from, model, leaves, lambda wanted: place(arrays, nested(wanted)))
     if is_hf_directory(init_from):
         opened = open_hf(init_from)
 
@@ -91,6 +100,8 @@ def check_fit(source: Source, model: ModelConfig, wanted: Abstract) -> Source:
     for field in sorted(theirs.keys() | ours.keys()):
         if theirs.get(field) == ours.get(field) or field.startswith(unseen):
             continue
+        if field.startswith("mtp") and (source.model.mtp is None or model.mtp is None):
+            continue
         if not field.startswith(CHANGES):
             raise ConfigError(
                 f"--init_from={source.name}: its config.model.{field} is {theirs.get(field)!r}, this run's "
@@ -99,7 +110,7 @@ def check_fit(source: Source, model: ModelConfig, wanted: Abstract) -> Source:
         notes.append(f"config.model.{field} was {theirs.get(field)!r}, is {ours.get(field)!r}")
     for path, leaf in wanted.items():
         there = source.leaves.get(path)
-        if there is None and not set(PATTERN_PARTS) & set(path.split("/")):
+        if there is None and not {*FRESH_PARTS, *source.fresh} & set(path.split("/")):
             raise ConfigError(f"--init_from={source.name}: has no {path}")
         if there is not None and tuple(there.shape) != leaf.shape:
             raise ConfigError(f"--init_from={source.name}: {path} has shape {tuple(there.shape)}, not {leaf.shape}")
@@ -124,5 +135,6 @@ def take(source: Source, fresh: dict[str, Any], abstract: dict[str, Any]) -> dic
 def _parts(paths: set[str]) -> list[str]:
     """What a reader calls these leaves."""
     names = {"mtp": "multi-token-prediction layers", "indexer": "indexers", "gate": "gates of learned global keys"}
+    names |= {"w_router": "routers", "selection_bias": "selection biases"}
     found = {next((name for part, name in names.items() if part in path.split("/")), path) for path in paths}
     return sorted(found)

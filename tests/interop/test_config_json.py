@@ -120,23 +120,38 @@ QWEN = LLAMA | {
 def test_the_published_v3():
     published = read_config(DEEPSEEK_V3)
     config = c.load(str(ROOT / "configs" / "dsv3_671b.py")).model
-    free = {"init_std": config.init_std, "remat": config.remat}  # of training
+    free = {"init_std": config.init_std, "remat": config.remat, "mtp": config.mtp}  # of training
     yarn = c.Yarn(40.0, 4096, 32.0, 1.0, 1.0, 1.0)
     attention = dataclasses.replace(config.attention, rope_scaling=yarn)
     expected = dataclasses.replace(config, attention=attention, context_length=163840)
     assert dataclasses.replace(published.config, **free) == expected
-    assert published.block == (128, 128) and published.prediction_layers == 1
-    shapes = leaf_shapes(published.table(0))
-    assert (
-        sum(math.prod(v) for k, v in shapes.items() if k.startswith("params"))
-        == count_parameters(config).total
-        == 671_026_404_352
-    )
-    # The multi-token-prediction layer: one more MoE layer, an embedding, a head, eh_proj and three norms.
-    extra = {k: v for k, v in leaf_shapes(published.table(1)).items() if k.startswith("mtp")}
-    size = sum(math.prod(v) for k, v in extra.items() if "selection_bias" not in k)
-    per_layer = sum(math.prod(v) for k, v in shapes.items() if k.startswith("params/moe_layers")) // 58
-    assert size == per_layer + 2 * 129280 * 7168 + 2 * 7168**2 + 3 * 7168
+    assert published.block == (128, 128) and published.config.mtp == c.MultiToken(1)
+    shapes = leaf_shapes(published.table())
+    assert sum(math.prod(v) for k, v in shapes.items() if k.startswith("params")) == count_parameters(config).total
+    main = {k: v for k, v in shapes.items() if k.startswith("params") and "mtp" not in k.split("/")}
+    assert sum(map(math.prod, main.values())) == 671_026_404_352
+    # The multi-token-prediction module: one more MoE layer, eh_proj and three norms.
+    per_layer = sum(math.prod(v) for k, v in main.items() if k.startswith("params/moe_layers")) // 58
+    module = per_layer + 2 * 7168**2 + 3 * 7168
+    assert count_parameters(config).total == 671_026_404_352 + module
+    assert module == 11_610_067_968
+
+
+def test_the_published_v3_has_as_many_values_as_its_files_by_dtype():
+    """The numbers that the model's page gives (`safetensors.parameters`): 685B with a second copy of embedding and
+    head, and the scales of float8 blocks."""
+    counts = {"F8_E4M3": 0, "BF16": 0, "F32": 0}
+    for tensor in read_config(DEEPSEEK_V3).table():
+        shape, name = tensor.published_shape, tensor.name
+        if name.endswith("e_score_correction_bias"):
+            counts["F32"] += math.prod(shape)
+        elif any(part in name for part in ("embed_tokens", "head.", "norm", "gate.weight", "eh_proj")):
+            counts["BF16"] += math.prod(shape)
+        else:
+            counts["F8_E4M3"] += math.prod(shape)
+            counts["F32"] += math.prod(-(-size // 128) for size in shape)
+    assert counts == {"F8_E4M3": 680_571_043_840, "BF16": 3_918_786_560, "F32": 41_555_600}
+    assert sum(counts.values()) == 684_531_386_000
 
 
 def test_the_published_mixtral():

@@ -16,7 +16,7 @@ from dsv3_jax.interop.huggingface import flat, load_hf, save_hf
 from dsv3_jax.interop.safetensors_files import dequantize
 from dsv3_jax.interop.tensors import Tensor
 from dsv3_jax.models.transformer import Transformer
-from tests.interop.tiny import SIGMOID, SPARSE, grouped, latent, models, random_leaves, random_variables
+from tests.interop.tiny import SIGMOID, SPARSE, grouped, latent, models, random_leaves, random_variables, with_mtp
 
 MODELS = models()
 
@@ -97,41 +97,78 @@ def test_many_shards_hold_the_same_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32"])
-def test_multi_token_prediction_layers_are_kept(name, tmp_path):
-    config = MODELS[name]
-    variables = random_variables(config, prediction_layers=2)
+def test_multi_token_prediction_modules_come_back(name, tmp_path):
+    config = with_mtp(MODELS[name], 2)
+    variables = random_variables(config)
     save_hf(tmp_path / "a", config, variables)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["num_nextn_predict_layers"] == 2
-    names = {k.removeprefix("model.layers.4.") for k in stored(tmp_path / "a") if k.startswith("model.layers.4.")}
-    assert {"enorm.weight", "hnorm.weight", "eh_proj.weight", "embed_tokens.weight"} <= names
-    assert {"shared_head.norm.weight", "shared_head.head.weight", "mlp.gate.e_score_correction_bias"} <= names
+    tensors, mtp = stored(tmp_path / "a"), variables["params"]["mtp"]
+    names = {k.removeprefix("model.layers.4.") for k in tensors if k.startswith("model.layers.4.")}
+    assert {"enorm.weight", "hnorm.weight", "shared_head.norm.weight", "mlp.gate.e_score_correction_bias"} <= names
     assert ("self_attn.indexer.wk.weight" in names) == (name == "deepseek_v32")
-    _, loaded = load_hf(tmp_path / "a")
-    assert loaded["mtp"]["projection"].shape == (2, 64, 32)
-    assert loaded["mtp"]["block"]["moe"]["w_in"].shape == (2, 8, 32, 2, 16)
+    np.testing.assert_array_equal(tensors["model.layers.4.eh_proj.weight"], mtp["w_projection"][1].T)
+    np.testing.assert_array_equal(tensors["model.layers.3.mlp.gate.weight"], mtp["block"]["moe"]["w_router"][0].T)
+    for layer in (3, 4):
+        prefix = f"model.layers.{layer}"
+        np.testing.assert_array_equal(tensors[f"{prefix}.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+        np.testing.assert_array_equal(tensors[f"{prefix}.shared_head.head.weight"], tensors["lm_head.weight"])
+    loaded_config, loaded = load_hf(tmp_path / "a")
+    assert loaded_config.mtp == c.MultiToken(2)
     assert_same(loaded, variables)
+    shapes = nn.unbox(jax.eval_shape(Transformer(loaded_config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    assert jax.tree.map(jnp.shape, loaded) == jax.tree.map(jnp.shape, shapes)
 
 
-def test_the_model_runs_beside_prediction_layers(tmp_path):
-    config = MODELS["deepseek_v3"]
-    variables = random_variables(config, prediction_layers=1)
+def test_the_model_gives_the_same_logits_beside_prediction_modules(tmp_path):
+    config = with_mtp(MODELS["deepseek_v3"])
+    variables = random_variables(config)
     save_hf(tmp_path, config, variables)
     config, loaded = load_hf(tmp_path)
-    tokens, apply = jnp.arange(6)[None], jax.jit(Transformer(config).apply)
-    expected = apply({k: v for k, v in variables.items() if k != "mtp"}, tokens).logits_BTV
-    np.testing.assert_array_equal(apply(loaded, tokens).logits_BTV, expected)
+    plain = {collection: {k: v for k, v in tree.items() if k != "mtp"} for collection, tree in variables.items()}
+    tokens = jnp.arange(6)[None]
+    expected = jax.jit(Transformer(MODELS["deepseek_v3"]).apply)(plain, tokens).logits_BTV
+    np.testing.assert_array_equal(jax.jit(Transformer(config).apply)(loaded, tokens).logits_BTV, expected)
 
 
-def test_announced_prediction_layers_may_be_absent_but_not_in_part(tmp_path):
-    config = MODELS["deepseek_v3"]
-    save_hf(tmp_path, config, random_variables(config, prediction_layers=1))
+def test_announced_prediction_modules_may_be_absent_but_not_in_part(tmp_path):
+    config = with_mtp(MODELS["deepseek_v3"])
+    save_hf(tmp_path, config, random_variables(config))
     tensors = stored(tmp_path)
     without = {k: v for k, v in tensors.items() if not k.startswith("model.layers.3.")}
     save_file(without, tmp_path / "model.safetensors")
-    assert "mtp" not in load_hf(tmp_path)[1]
+    loaded_config, loaded = load_hf(tmp_path)
+    assert loaded_config.mtp is None and "mtp" not in loaded["params"]
     save_file(without | {"model.layers.3.enorm.weight": np.ones(32, np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(c.ConfigError, match="model.layers.3.embed_tokens.weight is missing"):
-        load_hf(tmp_path)
+    refused(tmp_path, "model.layers.3.hnorm.weight is missing")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_of_a_prediction_module_are_the_models(tied, tmp_path):
+    """Absent they are not missed; other values are refused."""
+    config = with_mtp(latent(SIGMOID, tie_embeddings=tied))
+    variables = random_variables(config)
+    save_hf(tmp_path, config, variables)
+    tensors, path = stored(tmp_path), tmp_path / "model.safetensors"
+    copies = {"embed_tokens": "model.embed_tokens", "shared_head.head": "model.embed_tokens" if tied else "lm_head"}
+    for name, original in copies.items():
+        copy = f"model.layers.3.{name}.weight"
+        other = tensors[copy].copy()
+        other[-1, -1] += 1
+        save_file(tensors | {copy: other}, path)
+        refused(tmp_path, f"{copy} is not {original}.weight; a multi-token-prediction module shares")
+    save_file({k: v for k, v in tensors.items() if not k.endswith(tuple(f"3.{name}.weight" for name in copies))}, path)
+    assert_same(load_hf(tmp_path)[1], variables)
+
+
+@pytest.mark.quick
+def test_an_architecture_without_prediction_modules_is_refused(tmp_path):
+    config = with_mtp(MODELS["llama"])
+    with pytest.raises(c.ConfigError, match="config.model.mtp.depth=1: the nearest published architecture, llama, has"):
+        save_hf(tmp_path / "llama", config, random_variables(MODELS["llama"]))
+    config = with_mtp(latent(SIGMOID, num_dense_layers=3))
+    with pytest.raises(c.ConfigError, match="num_nextn_predict_layers=1: its layers have experts"):
+        save_hf(tmp_path / "dense", config, {})
 
 
 def test_dtypes(tmp_path):
@@ -341,9 +378,6 @@ def test_what_no_architecture_expresses_is_not_saved(tmp_path):
     biased["selection_bias/moe_layers/moe/bias"] += 1
     with pytest.raises(c.ConfigError, match="a mixtral has no selection bias"):
         save_hf(tmp_path / "new", MODELS["mixtral"], biased)
-    mtp = random_variables(MODELS["deepseek_v3"], prediction_layers=1)["mtp"]
-    with pytest.raises(c.ConfigError, match="a llama has no multi-token-prediction layers"):
-        save_hf(tmp_path / "new", MODELS["llama"], random_variables(MODELS["llama"]) | {"mtp": mtp})
 
 
 def test_a_checkpoint_is_not_written_over_another(llama):

@@ -1,5 +1,6 @@
 """A tiny model of each published architecture, with random weights, made without running the model."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -61,12 +62,17 @@ def models() -> dict[str, c.ModelConfig]:
     }
 
 
-def random_leaves(config: c.ModelConfig, seed: int = 0, prediction_layers: int = 0, dtype: str = "float32") -> dict:
+def with_mtp(config: c.ModelConfig, depth: int = 1) -> c.ModelConfig:
+    """With multi-token-prediction modules."""
+    return dataclasses.replace(config, mtp=c.MultiToken(depth))
+
+
+def random_leaves(config: c.ModelConfig, seed: int = 0, dtype: str = "float32") -> dict:
     """Path -> weights: norms around 1, matrices of std 0.2, selection biases of both signs."""
     random = np.random.default_rng(seed)
     _, published = write_config(config)
     leaves = {}
-    for path, shape in leaf_shapes(published.table(prediction_layers)).items():
+    for path, shape in leaf_shapes(published.table()).items():
         value = random.normal(size=shape, scale=0.05 if "bias" in path else 0.2) + path.endswith("scale")
         leaves[path] = value.astype(np.float32 if "selection_bias" in path else jnp.dtype(dtype))
     if config.moe is not None and BIAS not in leaves:

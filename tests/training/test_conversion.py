@@ -28,7 +28,7 @@ from dsv3_jax.training.loop import train
 from dsv3_jax.training.step import Trainer
 from tests.conftest import ROOT, tiny_config
 from tests.interop.test_huggingface import save_float8
-from tests.interop.tiny import SIGMOID, latent, random_variables
+from tests.interop.tiny import SIGMOID, latent, random_variables, with_mtp
 
 
 def model(**changes) -> c.ModelConfig:
@@ -51,9 +51,9 @@ def stored(directory) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def published(tmp_path):
-    """bfloat16 weights and float32 biases in several files, with a multi-token-prediction layer."""
-    config = model(compute_dtype="bfloat16")
-    save_hf(tmp_path / "hf", config, random_variables(config, prediction_layers=1, dtype="bfloat16"), 30_000)
+    """bfloat16 weights and float32 biases in several files, with a multi-token-prediction module."""
+    config = with_mtp(model(compute_dtype="bfloat16"))
+    save_hf(tmp_path / "hf", config, random_variables(config, dtype="bfloat16"), 30_000)
     return tmp_path / "hf"
 
 
@@ -91,8 +91,8 @@ def test_a_run_on_a_mesh_takes_its_parts(published, tmp_path):
     trainer = Trainer(config, make_mesh(config.mesh))
     variables, step = restore_run(tmp_path / "run", trainer)
     _, expected = load_hf(published)
-    assert step == 0 and variables.keys() == {"params", "selection_bias"}  # prediction layers are no part of a run
-    for path, value in flat({name: expected[name] for name in variables}).items():
+    assert step == 0 and variables.keys() == {"params", "selection_bias"} and "mtp" in variables["params"]
+    for path, value in flat(expected).items():
         assert flat(variables)[path].dtype == np.float32
         np.testing.assert_array_equal(flat(variables)[path], value.astype(np.float32), err_msg=path)
     w_in = variables["params"]["moe_layers"]["moe"]["w_in"]
@@ -221,7 +221,7 @@ def large(tmp_path_factory):
     config = model(**LARGE)
     config.dim, config.moe.expert_dim, config.moe.num_experts, config.vocab_size = 1024, 512, 16, 4096
     random = np.random.default_rng(0)
-    shapes = leaf_shapes(write_config(config)[1].table(0))
+    shapes = leaf_shapes(write_config(config)[1].table())
     save_hf(directory, config, {k: random.standard_normal(v, np.float32) for k, v in shapes.items()}, 40_000_000)
     return directory
 

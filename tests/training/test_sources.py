@@ -16,7 +16,7 @@ from dsv3_jax.training.loop import _check_source, check_data, read_metrics, trai
 from dsv3_jax.training.sources import check_fit, open_source, take
 from dsv3_jax.training.step import Trainer
 from tests.conftest import tiny_config, tiny_model
-from tests.interop.tiny import random_variables
+from tests.interop.tiny import random_variables, with_mtp
 
 
 def full() -> c.ModelConfig:
@@ -27,9 +27,9 @@ def full() -> c.ModelConfig:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A model with full attention and a multi-token-prediction layer, in bfloat16."""
-    directory = tmp_path_factory.mktemp("source") / "hf"
-    save_hf(directory, full(), random_variables(full(), prediction_layers=1, dtype="bfloat16"))
+    """A model with full attention and a multi-token-prediction module, in bfloat16."""
+    directory, config = tmp_path_factory.mktemp("source") / "hf", with_mtp(full())
+    save_hf(directory, config, random_variables(config, dtype="bfloat16"))
     return directory
 
 
@@ -53,10 +53,30 @@ def test_all_weights_are_taken(kind, published, tmp_path, capsys):
         from_hf(published, source)
     result, _ = taken(source, full(), c.MeshConfig(fsdp=2, expert=2))
     expected = flat(load_hf(published, dtype="float32")[1])
-    assert result.keys() == {path for path in expected if not path.startswith("mtp")}
+    assert result.keys() == {path for path in expected if "mtp" not in path.split("/")}
     for path, value in result.items():
         np.testing.assert_array_equal(value, expected[path], err_msg=path)
     assert f"starting from {source}; its multi-token-prediction layers are left out\n" == capsys.readouterr().out
+
+
+def test_prediction_modules_are_taken_or_start_fresh(published, tmp_path, capsys):
+    result, _ = taken(published, with_mtp(full()))
+    expected = flat(load_hf(published, dtype="float32")[1])
+    assert result.keys() == expected.keys() and "params/mtp/w_projection" in result
+    for path, value in result.items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+    assert f"starting from {published}\n" == capsys.readouterr().out
+
+    with pytest.raises(c.ConfigError, match=r"its config.model.mtp.depth is 1, this run's 2; the weights do not fit"):
+        taken(published, with_mtp(full(), 2))
+
+    plain = random_variables(full())
+    save_hf(tmp_path / "plain", full(), plain)
+    result, fresh = taken(tmp_path / "plain", with_mtp(full(), 2))
+    for path, value in result.items():
+        source = fresh if "mtp" in path.split("/") else flat(plain)
+        np.testing.assert_array_equal(value, source[path], err_msg=path)
+    assert "; multi-token-prediction layers start fresh\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
