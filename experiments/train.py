@@ -17,7 +17,9 @@ from dsv3_jax.command_line import load_config, run
 CONFIG = flags.DEFINE_string("config", None, "A file with get_config(), or a run's config.json.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: new, or one to resume.", required=True)
 INIT_FROM = flags.DEFINE_string(
-    "init_from", None, "What a new run takes its weights from: another run's workdir or a Hugging Face folder."
+    "init_from",
+    None,
+    "What a new run takes its weights from: another run's workdir, a Hugging Face folder, a .gguf file, or smollm2.",
 )
 
 

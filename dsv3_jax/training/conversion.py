@@ -18,6 +18,8 @@ from dsv3_jax.config import (
     TrainConfig,
     to_json,
 )
+from dsv3_jax.data.gguf_tokenizer import gguf_tokenizer
+from dsv3_jax.data.packages import gguf_path
 from dsv3_jax.data.published_tokenizers import MODEL, TOKENIZER, copy_tokenizer, open_tokenizer
 from dsv3_jax.data.tokenizers import Tokenizer, run_tokenizer
 from dsv3_jax.interop.huggingface import SHARD_BYTES, Plan, check_target, open_hf, plan_hf, write_hf
@@ -49,6 +51,16 @@ def published_tokenizer(directory: pathlib.Path, folder: pathlib.Path) -> tuple[
         return None
     bos = tokenizer.special_tokens.get("bos_token", eos)
     return TokenizerFile(str((folder / TOKENIZER).resolve()), bos, eos), tokenizer.fingerprint
+
+
+def gguf_file_tokenizer(name_or_path: str) -> tuple[TokenizerFile, str] | None:
+    """The same of a GGUF file (see `packages.is_gguf`)."""
+    tokenizer = gguf_tokenizer(gguf_path(name_or_path))
+    eos = tokenizer.special_tokens.get("eos_token")
+    if eos is None:
+        return None
+    bos = tokenizer.special_tokens.get("bos_token", eos)
+    return TokenizerFile(name_or_path, bos, eos), tokenizer.fingerprint
 
 
 def _config(model: ModelConfig, tokenizer: TokenizerFile) -> Config:

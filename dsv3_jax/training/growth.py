@@ -136,8 +136,8 @@ def update_bias(
 ) -> jax.Array:
     """The selection biases of a group of layers after the step that follows `step` updates.
 
-    Over `ramp_steps` steps the bias of a new expert rises linearly to that of its parent. Until it is there, loads move
-    the others only, and they alone are balanced among themselves. With `AddedExpert` loads move no bias.
+    Over `ramp_steps` steps the gap between the bias of a new expert and that of its parent closes linearly. Until then
+    loads move the others only, and they alone are balanced among themselves. With `AddedExpert` loads move no bias.
     """
     rate = 0.0 if isinstance(growth, AddedExpert) else moe.router.bias_update_rate
     if growth is None:
@@ -150,9 +150,9 @@ def update_bias(
     rising_E = (parent_E != jnp.arange(moe.num_experts)) & (last >= 0) & (left > 0)
     rising_LE = rising_E & active_experts(bias_LE)
     settled_LE = update_selection_bias(jnp.where(rising_LE, -jnp.inf, bias_LE), jnp.where(rising_LE, 0, load_LE), rate)
-    target_LE = jnp.where(rising_LE, jnp.take(settled_LE, parent_E, axis=-1), 0)
-    below_LE = jnp.where(rising_LE, bias_LE, 0) - target_LE
-    return jnp.where(rising_LE, target_LE + below_LE * (1 - 1 / jnp.maximum(left, 1)), settled_LE)
+    gap_LE = jnp.where(rising_LE, bias_LE - jnp.take(bias_LE, parent_E, axis=-1), 0)
+    risen_LE = jnp.take(settled_LE, parent_E, axis=-1) + gap_LE * (1 - 1 / jnp.maximum(left, 1))
+    return jnp.where(rising_LE, risen_LE, settled_LE)
 
 
 def keep_added(updates: Any, growth: AddedExpert, expert_axes: ExpertAxes) -> Any:

@@ -13,17 +13,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dsv3_jax.config import Config, ConfigError, differences, from_json, to_json
+from dsv3_jax.config import AddedExpert, Config, ConfigError, differences, from_json, to_json
+from dsv3_jax.data.packages import is_gguf
 from dsv3_jax.data.pipeline import Dataset, load_dataset
 from dsv3_jax.evaluation.bits_per_byte import evaluate_rows
 from dsv3_jax.interop.huggingface import flat, is_hf_directory
 from dsv3_jax.interop.weight_folder import has_weights
 from dsv3_jax.sharding import make_mesh
-from dsv3_jax.training.checkpoints import Checkpoints
-from dsv3_jax.training.conversion import published_tokenizer
+from dsv3_jax.training.checkpoints import Checkpoints, has_checkpoint
+from dsv3_jax.training.conversion import gguf_file_tokenizer, published_tokenizer
+from dsv3_jax.training.growth import Stage, is_done, stages
 from dsv3_jax.training.sources import Source, check_fit, open_source, take
-from dsv3_jax.training.step import Trainer, TrainState
+from dsv3_jax.training.step import Trainer, TrainState, active_counts
 from dsv3_jax.training.terms import term_weights
+from dsv3_jax.training.upcycling import fit_experts
 
 
 class TrainingError(RuntimeError):
@@ -230,11 +233,12 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _check_source(init_from: str, config: Config, trainer: Trainer, dataset: Dataset) -> Source:
     """Opens what a new run starts from. Raises `ConfigError` unless its model and its tokenizer, if known, fit."""
-    source, folder = open_source(init_from), pathlib.Path(init_from)
-    source = check_fit(source, config.model, flat(trainer.abstract_state().variables()))
+    wanted = flat(trainer.abstract_state().variables())
+    source = fit_experts(open_source(init_from), config, trainer.expert_axes, wanted)
+    source, folder = check_fit(source, config.model, wanted), pathlib.Path(init_from)
     data = folder / "data.json"
-    if is_hf_directory(init_from):
-        published = published_tokenizer(folder, folder)
+    if is_hf_directory(init_from) or is_gguf(init_from):
+        published = gguf_file_tokenizer(init_from) if is_gguf(init_from) else published_tokenizer(folder, folder)
         known = published is not None
         if published is not None and published[1] != dataset.fingerprints["tokenizer"]:
             raise ConfigError(
@@ -256,7 +260,24 @@ def _start(trainer: Trainer, checkpoints: Checkpoints, iterator: Any, seed: int,
     if source is None:
         return state
     variables = take(source, state.variables(), trainer.abstract_state().variables())
-    return dataclasses.replace(state, params=variables["params"], selection_bias=variables["selection_bias"])
+    state = dataclasses.replace(state, params=variables["params"], selection_bias=variables["selection_bias"])
+    model, growth = trainer.config.model, trainer.config.train.growth
+    for group, active_L in active_counts(state.selection_bias).items():
+        if growth is None and model.moe is not None and int(active_L.min()) < model.moe.num_experts:
+            print(f"of {model.moe.num_experts} experts, {active_L} are active in {group}, and no others will be")
+    return state
+
+
+def _grow(trainer: Trainer, state: TrainState, step: int, planned: list[Stage]) -> tuple[TrainState, list[Stage]]:
+    """The state with the stages that are due, and the stages that are left. A resumed run has gone through some."""
+    while planned and planned[0].step <= step:
+        stage, *planned = planned
+        if not is_done(stage, state.selection_bias):
+            state = trainer.grow(state, stage)
+            growth = trainer.config.train.growth
+            where = f" in mixture-of-experts layer {growth.layer}" if isinstance(growth, AddedExpert) else ""
+            print(f"step {step}: {stage.experts - stage.new_E.sum()} -> {stage.experts} experts{where}", flush=True)
+    return state, planned
 
 
 def train(
@@ -272,7 +293,7 @@ def train(
 
     Args:
       init_from: what a new run takes its weights from: the workdir of another run, converted weights, or a Hugging
-        Face directory, of the same model up to `sources.CHANGES`.
+        Face directory or a GGUF file, of the same model up to `sources.CHANGES` and `upcycling.fit_experts`.
       trainer, dataset: reused if given, to compile and load once for several runs of one config.
 
     Raises:
@@ -285,6 +306,10 @@ def train(
         dataset = dataset or load_dataset(config.data, config.model.vocab_size)
         if has_weights(workdir):
             raise ConfigError(f"--workdir={workdir}: holds converted weights; use another folder, and --init_from this")
+        if init_from is None and isinstance(config.train.growth, AddedExpert) and not has_checkpoint(workdir):
+            raise ConfigError(
+                "config.train.growth=added_expert: adds to a trained model; give one with an expert less as --init_from"
+            )
         source = None if init_from is None else _check_source(init_from, config, trainer, dataset)
         claim_workdir(config, workdir, dataset)
         checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
@@ -321,7 +346,13 @@ def _run(
     try:
         assert trainer.compiled is not None  # compile before the clock starts
         clock, ending = _Clock(), stop.asked
+        planned = stages(settings.growth, config.model.moe)
         while not ending:
+            if planned and planned[0].step <= step:
+                jax.block_until_ready(state.step)
+                before = time.perf_counter()
+                state, planned = _grow(trainer, state, step, planned)
+                clock.leave_out(time.perf_counter() - before)
             batch = next(iterator)
             state, device_metrics = trainer.step(state, batch)
             step += 1
