@@ -1,8 +1,8 @@
 """The published DeepSeek-V3 router, small: sigmoid scores, the best 2 of 4 groups, 4 of 16 experts, one shared expert.
 
 The selection bias moves by 0.01 a step, ten times the published rate: a run here has a hundred steps, not a million.
-The other files of this folder cost as much a token as this one (training FLOPs,
-`planning/flops.py`), so that they compare, but for those that say otherwise.
+The other files of this folder cost as much a token as this one (training FLOPs, `planning/flops.py`) unless they say
+otherwise.
 
 .venv/bin/python experiments/train.py --config=configs/moe/published_v3.py --workdir=/tmp/published_v3
 """
