@@ -45,6 +45,80 @@ def test_formula_and_xla_agree_scanned_and_unrolled(projection):
     assert expected <= unrolled < 1.08 * expected
 
 
+def with_moe(config: c.ModelConfig, **changes) -> c.ModelConfig:
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes))
+
+
+def added_by(config: c.ModelConfig, plain: c.ModelConfig) -> tuple[dict[str, float], float]:
+    """What a config adds to another: by part in the formula, and in XLA's programs."""
+    before, after = forward_flops(plain, T), forward_flops(config, T)
+    return {name: after[name] - before.get(name, 0) for name in after}, compiled_flops(config) - compiled_flops(plain)
+
+
+def test_deep_experts_are_counted():
+    base = dataclasses.replace(plain(c.GroupedQuery(4, 2, 8)), num_layers=2)
+    n, H, N = 2, 2, 8
+    config = with_moe(base, expert=c.DeepExpert(n, H, N))
+    parts, added = added_by(config, base)
+    moe, k = config.moe, config.moe.router.top_k
+    E, F = moe.num_experts, moe.expert_dim
+    one_expert = 2 * n * (4 * config.dim * H * N + 3 * config.dim * F)
+    assert forward_flops(config, T)["routed experts"] == k * one_expert
+    # Of T tokens an expert has k / E; a query sees itself and, of the earlier ones, that share.
+    assert parts["attention in experts"] == pytest.approx(2 * k * n * 2 * H * N * (1 + (T - 1) / 2 * k / E))
+    # The oracle runs all experts, on all tokens and over all keys.
+    oracle = E * (one_expert + 2 * n * 2 * H * N * T) - 2 * E * 3 * config.dim * F
+    assert added == pytest.approx(oracle, rel=0.02)  # the one-hot products of both
+
+
+def test_cross_expert_attention_condition_and_unit_gate_are_counted():
+    base = dataclasses.replace(plain(c.GroupedQuery(4, 2, 8)), num_layers=2)
+    gate = c.UnitGate(blocks=8, gate_dim=8, target=0.25)
+    config = with_moe(base, combination=c.CrossExpertAttention(2, 16), condition=c.Condition(("code",), 16))
+    config = dataclasses.replace(config, unit_gate=gate)
+    parts, added = added_by(config, base)
+    # The program multiplies by units that are off too.
+    off = 3 * (parts.pop("dense MLP") + parts.pop("shared experts"))
+    whole = forward_flops(base, T)
+    assert off == -3 * 0.75 * (whole["dense MLP"] + whole["shared experts"])
+    assert set(name for name, value in parts.items() if value) == {"router", "cross-expert attention", "unit gate"}
+    # Besides, the oracle picks each token's outputs by a one-hot product.
+    D, E, F, k = config.dim, config.moe.num_experts, config.moe.expert_dim, config.moe.router.top_k
+    assert sum(parts.values()) <= added + 1, (parts, added)
+    assert added <= sum(parts.values()) + 2 * k * E * (D + F)
+
+
+@pytest.mark.quick
+def test_widths_and_mass_count_as_the_mean():
+    base = with_moe(tiny_model(), num_shared_experts=0)
+    narrow = with_moe(base, expert_dim=12)
+    assert forward_flops(with_moe(base, expert=c.FeedForward((16, 8))), T) == forward_flops(narrow, T)
+    assert count_parameters(with_moe(base, expert=c.FeedForward((16, 8)))).active == count_parameters(narrow).active
+    # Experts 0, 3 and 6 have 16 units, 1, 4 and 7 have 8, 2 and 5 have 4.
+    uneven = with_moe(base, expert=c.FeedForward((16, 8, 4)))
+    assert forward_flops(uneven, T)["routed experts"] == 2 * 2 * 3 * 32 * (3 * 16 + 3 * 8 + 2 * 4) / 8
+    assert count_parameters(uneven).total == count_parameters(base).total, "all are stored at the widest"
+
+    three = with_moe(base, router=c.Softmax(top_k=3))
+    mass = with_moe(base, router=c.ProbabilityMass(k_min=1, k_max=5, target_k=3.0))
+    assert forward_flops(mass, T) == forward_flops(three, T)
+    assert count_parameters(mass) == count_parameters(three)
+
+
+@pytest.mark.quick
+def test_active_parameters_of_deep_experts_and_gated_units():
+    base = tiny_model()
+    deep = with_moe(base, expert=c.DeepExpert(2, 2, 8))
+    one = 2 * (4 * 32 * 16 + 3 * 32 * 16 + 2 * 32)  # an expert's two layers, norms included
+    count, plain_count = count_parameters(deep), count_parameters(base)
+    assert count.total - plain_count.total == 8 * (one - 3 * 32 * 16)
+    assert count.total - count.active == 6 * one
+    gate = c.UnitGate(blocks=8, gate_dim=4, target=0.25)
+    count, own = count_parameters(dataclasses.replace(base, unit_gate=gate)), 2 * (32 * 4 + 4 * 8 + 8)
+    assert count.total == plain_count.total + own
+    assert count.active == plain_count.active + own - 0.75 * 3 * 32 * (64 + 16)
+
+
 @pytest.mark.parametrize("pattern", [c.LearnedGlobal(8, 8, 4), c.Sparse(16, 4, 16)], ids=str)
 def test_learned_parts_of_patterns_are_counted(pattern):
     full = plain(tiny_model().attention.projection)
