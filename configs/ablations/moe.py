@@ -27,7 +27,7 @@ ROWS = {
     "experts of four widths": "widths",
     "noise and expert dropout": "noise_dropout",
 }
-NUM_STEPS = 100
+NUM_STEPS = 80
 
 
 def get_ablation() -> c.Ablation:
@@ -45,7 +45,7 @@ def get_ablation() -> c.Ablation:
             config.train,
             num_steps=NUM_STEPS,
             batch_size=4,
-            schedule=c.Cosine(total_steps=NUM_STEPS, warmup_steps=10),
+            schedule=c.Cosine(total_steps=NUM_STEPS, warmup_steps=NUM_STEPS // 10),
             checkpoint_every=NUM_STEPS,
             keep_checkpoints=1,
             eval_every=NUM_STEPS,
