@@ -21,12 +21,14 @@ from dsv3_jax.config import (
     Router,
     Sparse,
 )
+from dsv3_jax.models.stack import layer_pattern, prediction_group
 from dsv3_jax.models.transformer import Transformer
-from dsv3_jax.ops.patterns import layer_patterns, visible_keys
+from dsv3_jax.ops.patterns import visible_keys
 
 
 class ParameterCount(NamedTuple):
-    """total: all parameters, as they are stored. active: those that work for one token: of the routed experts
+    """total: all parameters, as they are stored, multi-token-prediction modules included (they have no embedding and no
+    head of their own). active: those that work for one token of the main model: no module; of the routed experts
     `experts_per_token` of num_experts, at their own width; of gated units the share that the gate is held at."""
 
     total: int
@@ -49,6 +51,8 @@ def _active_share(config: ModelConfig, names: list[str]) -> float:
     """What share of a parameter works for one token, by its path."""
     moe, gate = config.moe, config.unit_gate
     last = names[-2:]
+    if names[0] == "mtp":
+        return 0.0
     if moe is not None and (last in (["moe", "w_in"], ["moe", "w_out"]) or "deep" in names):
         width = mean_width(moe) / moe.expert_dim
         return experts_per_token(moe.router) / moe.num_experts * width
@@ -76,8 +80,29 @@ def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
     A product of a row with an [a, b] matrix counts 2 a b. Attention counts the visible keys only; norms, softmax,
     rotations and the embedding lookup are not counted. Routed experts count as if tokens were spread evenly over them,
     at their own widths; units that a gate switches off count nothing, and the share that is on is the gate's target.
+    Multi-token prediction is not counted: see `prediction_flops`.
     """
-    D, L, attention = config.dim, config.num_layers, config.attention
+    dense = config.num_dense_layers
+    parts = _layer_flops(config, 0, dense, config.num_layers - dense, length)
+    return parts | {"vocabulary head": 2.0 * config.dim * config.vocab_size}
+
+
+def prediction_flops(config: ModelConfig, length: int) -> float:
+    """What the multi-token-prediction modules add to `forward_flops` in training: of each its projection, its layer and
+    the vocabulary head, on all positions, of which the last few of a document are computed in vain."""
+    group, total = prediction_group(config), 0.0
+    if group is None:
+        return total
+    dense, sparse = (1, 0) if group.moe is None else (0, 1)
+    for index in range(group.count):
+        layer = sum(_layer_flops(config, config.num_layers + index, dense, sparse, length).values())
+        total += layer + 2.0 * 2 * config.dim * config.dim + 2.0 * config.dim * config.vocab_size
+    return total
+
+
+def _layer_flops(config: ModelConfig, first: int, dense: int, sparse: int, length: int) -> dict[str, float]:
+    """Of `dense` and `sparse` layers from layer `first` on."""
+    D, L, attention = config.dim, dense + sparse, config.attention
     projection = attention.projection
     H = projection.num_heads
     if isinstance(projection, Latent):
@@ -88,19 +113,17 @@ def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
     else:
         N = M = projection.head_dim
         weights = D * H * N + 2 * D * projection.num_kv_heads * N + H * M * D
-    cycle = layer_patterns(attention.pattern)
-    patterns = [cycle[layer % len(cycle)] for layer in range(L)]
+    patterns = [layer_pattern(config, layer) for layer in range(first, first + L)]
     keys = sum(visible_keys(pattern, length, attention.causal) for pattern in patterns)
     parts = {
         "attention projections": 2.0 * L * weights,
         "attention scores and values": 2.0 * H * (N + M) * keys,
         "learned patterns": sum(_pattern_flops(config, pattern, length) for pattern in patterns),
-        "dense MLP": 2.0 * config.num_dense_layers * 3 * D * config.dense_dim * _unit_share(config),
-        "vocabulary head": 2.0 * D * config.vocab_size,
+        "dense MLP": 2.0 * dense * 3 * D * config.dense_dim * _unit_share(config),
     }
-    gated = config.num_dense_layers
+    gated = dense
     if config.moe is not None:
-        moe, sparse = config.moe, L - config.num_dense_layers
+        moe = config.moe
         parts |= {name: sparse * flops for name, flops in _expert_flops(config, moe, length).items()}
         gated += sparse if moe.num_shared_experts else 0
     if config.unit_gate is not None:
@@ -147,5 +170,6 @@ def _pattern_flops(config: ModelConfig, pattern: LayerPattern, length: int) -> f
 
 
 def training_flops(config: ModelConfig, length: int) -> float:
-    """Matmul FLOPs a token of a training step: three times the forward pass, recomputation not counted."""
-    return 3 * sum(forward_flops(config, length).values())
+    """Matmul FLOPs a token of a training step: three times the forward pass with the multi-token-prediction modules,
+    recomputation not counted."""
+    return 3 * (sum(forward_flops(config, length).values()) + prediction_flops(config, length))

@@ -1,14 +1,16 @@
 """Counts by formula against counts in XLA's program."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
 from dsv3_jax import config as c
-from dsv3_jax.models.transformer import Transformer
-from dsv3_jax.planning.flops import count_parameters, forward_flops
+from dsv3_jax.models.transformer import Transformer, summed_loss
+from dsv3_jax.planning.flops import count_parameters, forward_flops, prediction_flops, training_flops
 from dsv3_jax.planning.hlo import count_flops
 from tests.conftest import tiny_model
 
@@ -53,6 +55,34 @@ def added_by(config: c.ModelConfig, plain: c.ModelConfig) -> tuple[dict[str, flo
     """What a config adds to another: by part in the formula, and in XLA's programs."""
     before, after = forward_flops(plain, T), forward_flops(config, T)
     return {name: after[name] - before.get(name, 0) for name in after}, compiled_flops(config) - compiled_flops(plain)
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_multi_token_prediction_is_counted(moe):
+    """A training forward pass with two modules against one without, each with its losses."""
+    base = plain(c.GroupedQuery(4, 2, 8))
+    base = dataclasses.replace(base, num_layers=1, num_dense_layers=0 if moe else 1, moe=base.moe if moe else None)
+    config = dataclasses.replace(base, mtp=c.MultiToken(2))
+
+    def loss_flops(model: c.ModelConfig) -> float:
+        batch = {name: jax.ShapeDtypeStruct((1, T), jnp.int32) for name in ("tokens", "targets", "positions")}
+        batch |= {name: jax.ShapeDtypeStruct((1, T), jnp.int32) for name in ("segment_ids", "domain")}
+        variables = jax.eval_shape(Transformer(model).init, jax.random.key(0), batch["tokens"])
+        variables = nn.unbox(variables)
+        loss = functools.partial(summed_loss, c.Config(model=model), predict_ahead=model.mtp is not None)
+        count = count_flops(jax.jit(loss).lower(variables, batch).compile().as_text())
+        assert count.unknown_loops == 0
+        return count.flops / T
+
+    again = 0.0  # the oracle's programs do more in each module: all keys, and all experts
+    parts = forward_flops(base, T)
+    again += 2 * parts["attention scores and values"] * (T / ((T + 1) / 2) - 1)
+    if moe:
+        again += 2 * parts["routed experts"] * (base.moe.num_experts / base.moe.router.top_k - 1)
+    expected, added = prediction_flops(config, T) + again, loss_flops(config) - loss_flops(base)
+    assert expected <= added + 1 and added < 1.08 * expected + 1
+    assert training_flops(config, T) == training_flops(base, T) + 3 * prediction_flops(config, T)
+    assert count_parameters(config).active == count_parameters(base).active < count_parameters(config).total
 
 
 def test_deep_experts_are_counted():

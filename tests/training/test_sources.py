@@ -72,7 +72,7 @@ def test_prediction_modules_are_taken_or_start_fresh(published, tmp_path, capsys
 
     plain = random_variables(full())
     save_hf(tmp_path / "plain", full(), plain)
-    result, fresh = taken(tmp_path / "plain", with_mtp(full(), 2))
+    result, fresh = taken(tmp_path / "plain", with_mtp(full()))
     for path, value in result.items():
         source = fresh if "mtp" in path.split("/") else flat(plain)
         np.testing.assert_array_equal(value, source[path], err_msg=path)
