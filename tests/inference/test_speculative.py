@@ -1,0 +1,328 @@
+"""Speculative decoding gives what the model alone gives: greedy the same tokens, sampling the same distribution."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dsv3_jax import config as c
+from dsv3_jax.inference import speculative
+from dsv3_jax.inference.generation import NO_TOKEN, Generator
+from dsv3_jax.inference.sampling import make_sampling, probabilities, row_keys
+from dsv3_jax.inference.speculative import (
+    Counts,
+    SpeculativeGenerator,
+    accept_greedy,
+    accept_sampled,
+    acceptance,
+    replacement,
+)
+from dsv3_jax.models.transformer import Transformer, head_weight
+from tests.conftest import tiny_model
+from tests.inference.test_generation import weights
+
+SIGNIFICANCE = 1e-3  # seeds are fixed: a right rule passes once and for all; wrong ones are shown to be far below
+VOCABULARY = 7  # so few tokens that some drafts of a random model are right
+LENGTH = 24  # of the context; the longest prompt leaves one bucket for all calls: programs are compiled once
+PROMPTS = [[5, 6, 1], [4], [2, 3, 1, 1, 0, 5, 6, 2, 4, 3, 3, 1, 0, 0, 5, 2, 6], [5, 6, 1], [0, 2]]
+TURNS = "patterns in turn, windows and conditions of tasks, depth 3"
+TASKS = (c.TaskWindow("short", 2), c.TaskWindow("long", 7))
+small = functools.partial(tiny_model, vocab_size=VOCABULARY, context_length=LENGTH)
+MODELS = {
+    "latent, windows, experts, depth 1": small(mtp=c.MultiToken(depth=1)),
+    "grouped query, full, dense, tied, depth 2": small(
+        attention=c.Attention(projection=c.GroupedQuery(4, 2, 8), pattern=c.Full()),
+        num_dense_layers=2,
+        moe=None,
+        tie_embeddings=True,
+        mtp=c.MultiToken(depth=2),
+    ),
+    TURNS: small(
+        attention=c.Attention(
+            projection=c.GroupedQuery(2, 1, 8),
+            pattern=c.PerLayer((c.RuntimeWindowed(8, (0,), TASKS), c.RuntimeWindowed(4, (), TASKS), c.Segmented(5))),
+        ),
+        moe=c.MixtureOfExperts(
+            num_experts=4, expert_dim=16, router=c.Softmax(), condition=c.Condition(("long", "other"), 4)
+        ),
+        mtp=c.MultiToken(depth=3),
+    ),
+}
+FAST = [pytest.param(name, marks=pytest.mark.slow if name == TURNS else ()) for name in MODELS]
+
+
+def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """Of Pearson's chi-square; cells of fewer than 5 expected are one. 0 if what cannot be was counted."""
+    counts, expected = np.ravel(counts), np.ravel(probabilities) * np.sum(counts)
+    if counts[expected == 0].any():
+        return 0.0
+    rare = expected < 5
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    keep = expected > 0
+    return float(stats.chisquare(observed[keep], expected[keep] * observed[keep].sum() / expected[keep].sum()).pvalue)
+
+
+# The rule.
+
+
+def distributions(seed: int, *shape: int) -> jax.Array:
+    """Random probabilities, some of them 0, as after top-k."""
+    random = np.random.default_rng(seed)
+    weight = random.gamma(0.5, size=shape) * (random.random(shape) < 0.7) + 1e-3 * np.eye(shape[-1])[0]
+    return jnp.asarray(weight / weight.sum(-1, keepdims=True), jnp.float32)
+
+
+@pytest.mark.quick
+def test_a_draft_or_its_replacement_is_distributed_as_the_model_says():
+    p_BV, q_BV = distributions(0, 200, 9), distributions(1, 200, 9)
+    accepted_BV = q_BV * jnp.where(q_BV > 0, acceptance(p_BV, q_BV), 0)
+    rejected_B1 = 1 - accepted_BV.sum(-1, keepdims=True)
+    np.testing.assert_allclose(accepted_BV + rejected_B1 * replacement(p_BV, q_BV), p_BV, atol=2e-6)
+    assert (rejected_B1 > 0.01).mean() > 0.9
+    np.testing.assert_allclose(replacement(p_BV, p_BV), p_BV)  # rounding left nothing: p, and no NaN
+
+
+def checked_tokens(rows: int, N: int = 2, V: int = 5) -> tuple[list[np.ndarray], np.ndarray]:
+    """How often each token came at each place, and the model's probabilities, with random drafts."""
+    random = np.random.default_rng(2)
+    p_MV, q_NV = random.dirichlet(np.ones(V), N + 1), random.dirichlet(np.ones(V), N)
+    keys_BM = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(row_keys(0, rows), jnp.arange(N + 1))
+    drafts_BN = jax.random.categorical(jax.random.key(5), jnp.log(q_NV), shape=(rows, N))
+    p_BMV, q_BNV = jnp.broadcast_to(p_MV, (rows, N + 1, V)), jnp.broadcast_to(q_NV, (rows, N, V))
+    check: Any = jax.jit(lambda *given: accept_sampled(*given))  # compiled anew, as the rule may be another
+    accepted_B, next_B = map(np.asarray, check(p_BMV, q_BNV, drafts_BN, jnp.full(rows, N), keys_BM))
+    counts = []
+    for place in range(N + 1):
+        drafted_B = np.asarray(drafts_BN)[:, place] if place < N else next_B
+        token_B = np.where(accepted_B > place, drafted_B, next_B)
+        counts.append(np.bincount(token_B[accepted_B >= place], minlength=V))
+    return counts, p_MV
+
+
+@pytest.mark.quick
+def test_tokens_at_every_place_come_as_often_as_the_model_says():
+    counts, p_MV = checked_tokens(40_000)
+    assert all(count.sum() > 1000 for count in counts)
+    assert min(p_value(count, p_V) for count, p_V in zip(counts, p_MV, strict=True)) > SIGNIFICANCE
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("acceptance", lambda p, q: jnp.where(p > 0, 1.0, 0.0)),
+        ("acceptance", lambda p, q: p),
+        ("replacement", lambda p, q: p),
+    ],
+)
+def test_a_wrong_rule_would_be_seen(monkeypatch, name, wrong):
+    monkeypatch.setattr(speculative, name, wrong)
+    counts, p_MV = checked_tokens(40_000)
+    assert p_value(counts[0], p_MV[0]) < 1e-10
+
+
+@pytest.mark.quick
+def test_drafts_that_were_not_proposed_do_not_count():
+    p_MV, rows = distributions(2, 3, 5), 20_000
+    p_BMV, q_BNV = jnp.broadcast_to(p_MV, (rows, 3, 5)), jnp.broadcast_to(p_MV[:2], (rows, 2, 5))
+    drafts_BN = jnp.broadcast_to(jnp.argmax(p_MV[:2], -1), (rows, 2))
+    keys_BM = jnp.stack([row_keys(seed, rows) for seed in range(3)], axis=1)
+    check: Any = jax.jit(accept_sampled)
+    for proposed in range(3):  # p = q: all that is proposed is accepted, and what follows is drawn from p
+        given = check(p_BMV, q_BNV, drafts_BN, jnp.full(rows, proposed), keys_BM)
+        assert (np.asarray(given[0]) == proposed).all()
+        assert p_value(np.bincount(given[1], minlength=5), p_MV[proposed]) > SIGNIFICANCE
+
+
+@pytest.mark.quick
+def test_greedy_accepts_what_the_model_would_choose():
+    logits_BMV = jax.nn.one_hot(jnp.asarray([[1, 2, 3]] * 5), 4)
+    drafts_BN = jnp.asarray([[1, 2], [1, 0], [0, 2], [1, 2], [1, 2]])
+    accepted_B, next_B = accept_greedy(logits_BMV, drafts_BN, jnp.asarray([2, 2, 2, 1, 0]))
+    assert accepted_B.tolist() == [2, 1, 0, 1, 0] and next_B.tolist() == [3, 2, 1, 2, 1]
+
+
+@pytest.mark.quick
+def test_rows_that_are_ahead_wait_for_the_others():
+    waiting = [[1, 2, 3], [4], [5, 6]]
+    steps = [speculative._columns(waiting, np.asarray([False, False, True])).tolist()]
+    waiting[1] += [7, 8, 9]
+    steps += [speculative._columns(waiting, np.asarray([False, False, True])).tolist()]
+    steps += [speculative._columns(waiting, np.asarray([True, True, True])).tolist()]
+    assert steps == [[[1], [4], [5]], [[2, 3], [7, 8], [6, NO_TOKEN]], [[NO_TOKEN], [9], [NO_TOKEN]]]
+
+
+# Greedy.
+
+
+@pytest.fixture(scope="module", params=FAST)
+def made(request):
+    """The depth, both generators, and the drafts that modules make of a text without any cache."""
+    config = MODELS[request.param]
+    assert config.mtp is not None
+    variables, depth = weights(config), config.mtp.depth
+    if config.moe is not None and config.moe.condition is not None:  # starts at zero
+        w_condition = variables["params"]["moe_layers"]["moe"]["w_condition"]
+        variables["params"]["moe_layers"]["moe"]["w_condition"] = jax.random.normal(
+            jax.random.key(1), w_condition.shape
+        )
+    model: Any = Transformer(config)
+    head_DV = head_weight(config, variables["params"])
+
+    @jax.jit
+    def drafts(text_T: jax.Array, length: jax.Array) -> jax.Array:
+        text_T = jnp.pad(text_T, (0, depth + 1))
+        x_BTD = model.apply(variables, text_T[None, :LENGTH]).hidden_BTD
+        for k in range(depth):
+            x_BTD, normed_BTD, _ = model.apply(
+                variables, k, x_BTD, text_T[None, k + 1 : k + 1 + LENGTH], method="predict"
+            )
+            text_T = text_T.at[length + k + 1].set(jnp.argmax(normed_BTD[0, length - 1] @ head_DV))
+        return jax.lax.dynamic_slice_in_dim(text_T, length + 1, depth)
+
+    return depth, Generator(config, variables), SpeculativeGenerator(config, variables), drafts
+
+
+def naive_counts(drafts, depth: int, prompt: list[int], greedy: list[int]) -> np.ndarray:
+    """Drafted, accepted, rounds and tokens of one row, when the model would choose `greedy`."""
+    total, made = np.zeros(4, int), 1
+    while made < len(greedy):
+        ids = np.asarray(prompt + greedy[:made], np.int32)
+        proposed = min(depth, len(greedy) - made - 1)
+        right = np.asarray(drafts(np.pad(ids, (0, LENGTH - len(ids))), len(ids) - 1)) == np.asarray(
+            [*greedy[made:], *[-1] * depth][:depth]
+        )
+        accepted = int(np.cumprod(right[:proposed]).sum())
+        total += np.asarray([proposed, accepted, 1, accepted + 1])
+        made += accepted + 1
+    return total
+
+
+def generate(generator: Generator, count: int = LENGTH, stop: int = VOCABULARY, task: str = "") -> list[list[int]]:
+    """To the end of the context, or up to a stop id, which here is no token."""
+    return generator.generate(PROMPTS, max_new_tokens=count, stop_ids={stop}, task=task)
+
+
+def test_greedy_is_the_model_alone_and_the_drafts_are_those_made_without_a_cache(made):
+    depth, plain, drafting, drafts = made
+    expected = generate(plain)
+    assert generate(drafting) == expected
+    assert [len(row) for row in expected] == [LENGTH - len(prompt) for prompt in PROMPTS]
+    assert len(set(map(tuple, expected))) >= 3
+    rows = [naive_counts(drafts, depth, prompt, row) for prompt, row in zip(PROMPTS, expected, strict=True)]
+    counts = drafting.counts
+    assert counts == Counts(*np.sum(rows, axis=0).tolist())
+    assert 0 < counts.accepted < counts.drafted and counts.tokens == sum(len(row) - 1 for row in expected)
+    assert counts.acceptance_rate == counts.accepted / counts.drafted
+    assert counts.tokens_a_round == counts.tokens / counts.rounds > 1
+
+
+def test_rows_end_at_stop_ids_and_budgets_each_by_itself(made):
+    _, plain, drafting, _ = made
+    free = generate(plain)
+    stop = free[2][4]
+    expected = generate(plain, stop=stop)
+    assert generate(drafting, stop=stop) == expected != free
+    for budget in (1, 2, 3, 4, 5):  # ends in every place of a round
+        assert generate(drafting, budget) == [row[:budget] for row in free]
+    assert drafting._jit_begin._cache_size() == drafting._jit_rounds._cache_size() == 1
+
+
+def test_streaming_gives_the_same_tokens_in_columns(made):
+    _, plain, drafting, _ = made
+    stop = generate(plain)[2][4]
+    expected = generate(plain, stop=stop)
+    steps = list(drafting.stream(PROMPTS, max_new_tokens=LENGTH, stop_ids={stop}))
+    assert len(steps) > 1
+    tokens_BN = np.concatenate(steps, axis=1)
+    assert tokens_BN.shape[1] == max(map(len, expected))
+    for tokens_N, row in zip(tokens_BN, expected, strict=True):  # NO_TOKEN after the end alone
+        assert tokens_N[: len(row)].tolist() == row and (tokens_N[len(row) :] == NO_TOKEN).all()
+
+
+@pytest.mark.parametrize("made", [pytest.param(TURNS, marks=pytest.mark.slow)], indirect=True)
+def test_a_task_holds_in_prefill_rounds_and_modules(made):
+    _, plain, drafting, _ = made
+    rows = {task: generate(plain, task=task) for task in ("", "short", "other")}
+    assert all(generate(drafting, task=task) == row for task, row in rows.items())
+    assert rows[""] != rows["short"] and rows[""] != rows["other"]
+    with pytest.raises(c.ConfigError, match="--task=far: .* tasks: short, long, other"):
+        generate(drafting, task="far")
+
+
+@pytest.mark.quick
+def test_a_model_without_modules_is_refused():
+    config = small()
+    with pytest.raises(c.ConfigError, match="--draft=mtp: this model has no multi-token-prediction modules"):
+        SpeculativeGenerator(config, {})
+
+
+# Sampling.
+
+
+ROWS, PROMPT = 2048, [3, 1, 5]
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    """A generator that drafts, settings, and the exact probabilities of the first four tokens after a prompt."""
+    config = dataclasses.replace(
+        MODELS["grouped query, full, dense, tied, depth 2"], vocab_size=6, num_layers=1, num_dense_layers=1
+    )
+    variables, how, V = weights(config), make_sampling(1.3, top_p=0.95), 6
+
+    @jax.jit
+    def chances(texts_BT: jax.Array) -> jax.Array:
+        model: Any = Transformer(config)
+        logits_BTV = model.apply(variables, texts_BT).logits_BTV[:, len(PROMPT) - 1 :]
+        return jax.vmap(lambda logits_BV: probabilities(logits_BV, how), 1, 1)(logits_BTV)
+
+    after = np.indices((V, V, V)).reshape(3, -1).T  # every three tokens
+    p = chances(np.concatenate([np.broadcast_to(PROMPT, (len(after), len(PROMPT))), after], axis=1))
+    p = np.asarray(p, np.float64).reshape(V, V, V, 4, V)  # of the token at each of four places after them
+    first, second = p[0, 0, 0, 0][:, None, None, None], p[:, 0, 0, 1][:, :, None, None]
+    joint = first * second * p[:, :, 0, 2][..., None] * p[..., 3, :]
+    return SpeculativeGenerator(config, variables), how, joint
+
+
+def pair_p_values(generator: SpeculativeGenerator, how, joint: np.ndarray) -> list[float]:
+    """Of the counts of two tokens that follow each other, at each place of the first four."""
+    rows_BN = np.asarray(generator.generate([PROMPT] * ROWS, max_new_tokens=4, sampling=how, seed=1))
+    values = []
+    for place, others in enumerate([(2, 3), (0, 3), (0, 1)]):
+        counts = np.zeros(joint.shape[:2], int)
+        np.add.at(counts, tuple(rows_BN[:, place : place + 2].T), 1)
+        values.append(p_value(counts, joint.sum(others)))
+    return values
+
+
+def test_sampled_texts_are_distributed_as_the_models(sampled):
+    generator, how, joint = sampled
+    np.testing.assert_allclose(joint.sum(), 1, rtol=1e-5)
+    assert min(pair_p_values(generator, how, joint)) > SIGNIFICANCE
+    assert 0.2 < generator.counts.acceptance_rate < 0.95
+
+
+@pytest.mark.slow
+def test_a_wrong_rule_would_be_seen_in_texts(sampled, monkeypatch):
+    generator, how, joint = sampled
+    monkeypatch.setattr(speculative, "acceptance", lambda p, q: jnp.where(p > 0, 1.0, 0.0))
+    wrong = SpeculativeGenerator(generator.config, generator._variables)
+    assert min(pair_p_values(wrong, how, joint)) < 1e-10
+
+
+def test_a_row_draws_the_same_in_any_batch_and_any_number_of_rounds_a_call(sampled):
+    generator, how, _ = sampled
+    options: Any = {"max_new_tokens": 6, "sampling": how}
+    first = generator.generate([PROMPT] * ROWS, seed=2, **options)
+    others = generator.stream([PROMPT, [5, 4], *[[0]] * (ROWS - 2)], seed=2, **options)
+    rows_BN = np.concatenate(list(others), axis=1)
+    assert rows_BN[0].tolist() == first[0] and (rows_BN != np.asarray(first)).any(axis=1).mean() > 0.9
+    assert generator.generate([PROMPT] * ROWS, seed=3, **options) != first
+    assert len(set(map(tuple, first))) > ROWS / 10  # rows draw apart
