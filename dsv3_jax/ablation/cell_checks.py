@@ -101,7 +101,7 @@ def _difference(config: Config, what: str, actual: list[np.ndarray], expected: l
     error_N = np.concatenate(
         [np.abs(a - e).max(axis=-1).ravel() / np.abs(e).max() for a, e in zip(actual, expected, strict=True)]
     )
-    error = float(np.quantile(error_N, AGREEING[dtype], method="higher"))
+    error = float(np.quantile(error_N, AGREEING[dtype], method="lower"))
     if not error <= TOLERANCE[dtype]:
         raise CheckFailed(f"{what}: relative error {error:.1e} > {TOLERANCE[dtype]:.0e}")
     return error

@@ -6,6 +6,7 @@ which cells there are; `cover` picks a few that hold every value once, or every 
 
 import copy
 import dataclasses
+import functools
 import itertools
 import random
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ def base_config() -> c.Config:
             dense_dim=32,
             attention=c.Attention(projection=LATENT, pattern=c.Full()),
             moe=c.MixtureOfExperts(num_experts=8, expert_dim=16, router=router),
+            unroll=True,
         ),
         data=c.DataConfig(tokenizer=c.BpeTokenizer(260), sequence_length=24),
         train=c.TrainConfig(
@@ -123,7 +125,7 @@ AXES: dict[str, dict[str, Edits]] = {
     "remat": {"none": {}, "dots": {"model.remat": "dots"}, "full": {"model.remat": "full"}},
     "precision": {"float32": {}, "bfloat16": {"model.compute_dtype": "bfloat16"}},
     "rows": {"packed": {}, "one document": {"data.max_segments": 1}},
-    "layers": {"unrolled": {"model.unroll": True}, "scanned": {"model.unroll": False}},
+    "layers": {"unrolled": {}, "scanned": {"model.unroll": False}},
     "embeddings": {"apart": {}, "tied": {"model.tie_embeddings": True}},
 }
 
@@ -166,6 +168,7 @@ def refusal(cell: Cell) -> str | None:
     return None
 
 
+@functools.cache
 def refused_pairs() -> dict[frozenset[Option], str]:
     """The pairs of values that cannot be, all other axes at their first value, and the error's text."""
     found = {}
