@@ -21,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from dsv3_jax.command_line import run
 from experiments.suites import Case
 
-SUITES = ("train_step", "decode", "dispatch")
+SUITES = ("train_step", "decode", "dispatch", "draft")
 SUITE = flags.DEFINE_enum("suite", None, SUITES, "What to time.", required=True)
 CONFIG = flags.DEFINE_string("config", None, "A config file instead of the suite's own.")
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Timed rounds; each contender runs once a round.", lower_bound=3)

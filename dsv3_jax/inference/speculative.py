@@ -103,6 +103,12 @@ class Counts:
         """Tokens that a row gets of a round; NaN without any."""
         return self.tokens / self.rounds if self.rounds else float("nan")
 
+    def __str__(self) -> str:
+        return (
+            f"{self.accepted} of {self.drafted} drafts accepted ({self.acceptance_rate:.1%}), "
+            f"{self.tokens_a_round:.2f} tokens a round"
+        )
+
 
 @struct.dataclass
 class DraftState:

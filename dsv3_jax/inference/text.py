@@ -1,6 +1,7 @@
 """Text from prompts: incremental decoding, and stop strings across the borders of tokens."""
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -133,3 +134,10 @@ def complete(generator: Generator, tokenizer: Tokenizer, prompts: Sequence[np.nd
     for _ in stream:
         pass
     return stream.completions
+
+
+def tokens_per_second(generator: Generator, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], **options) -> float:
+    """Of one call of `complete`, whose arguments it takes, prefill included. An equal call before it compiles."""
+    begin = time.perf_counter()
+    completions = complete(generator, tokenizer, prompts, **options)
+    return sum(completion.num_tokens for completion in completions) / (time.perf_counter() - begin)

@@ -12,6 +12,7 @@ from dsv3_jax.inference.generation import Generator
 from dsv3_jax.inference.sources import open_gguf, open_hf, open_run, tokenizer_of_run
 from dsv3_jax.inference.text import complete
 from dsv3_jax.interop.huggingface import save_hf
+from dsv3_jax.training.checkpoints import run_config
 from dsv3_jax.training.loop import train
 from tests.conftest import make_text, tiny_config
 from tests.experiments.test_scripts import script
@@ -21,9 +22,11 @@ from tests.interop.tiny import models, random_variables
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
-    """The folder of a run of a few steps."""
+    """The folder of a run of a few steps, with multi-token prediction."""
     workdir = tmp_path_factory.mktemp("run") / "run"
-    train(tiny_config(corpus, num_steps=6), workdir)
+    config = tiny_config(corpus, num_steps=6)
+    config.model.mtp = c.MultiToken(depth=1)
+    train(config, workdir)
     return workdir
 
 
@@ -43,6 +46,38 @@ def test_a_prompt_is_continued_by_a_run(run):
     (expected,) = complete(generator, source.tokenizer, [prompt], max_new_tokens=12)
     assert result.stdout == expected.text + "\n" and expected.num_tokens > 0
     assert re.search(rf"{expected.num_tokens} tokens in .* tokens/s", result.stderr)
+
+
+def test_a_draft_changes_no_text_and_says_what_it_gains(run):
+    flags = [f"--workdir={run}", "--prompt=the cat", "--prompt=a", "--max_new_tokens=16"]
+    plain, drafted = script("generate", *flags), script("generate", *flags, "--draft=mtp")
+    assert drafted.returncode == 0, drafted.stderr
+    assert drafted.stdout == plain.stdout
+    found = re.search(r"(\d+) of (\d+) drafts accepted \((.*)%\), (.*) tokens a round", drafted.stderr)
+    assert found is not None
+    accepted, checked = int(found[1]), int(found[2])
+    assert 0 <= accepted <= checked > 0 and found[3] == f"{100 * accepted / checked:.1f}" and float(found[4]) >= 1
+    gain = r"compilation excluded: (.*) tokens/s with the draft, (.*) without: (.*) times as fast"
+    speeds = [float(x) for x in re.search(gain, drafted.stderr).groups()]
+    assert speeds[2] == pytest.approx(speeds[0] / speeds[1], abs=0.02)
+
+
+def test_a_model_that_cannot_draft_is_refused(gguf_path):
+    result = script("generate", f"--gguf={gguf_path}", "--prompt=a", "--draft=mtp")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "error: --draft=mtp: this model has no multi-token-prediction modules (config.model.mtp)" in result.stderr
+
+
+def test_a_run_of_a_capacity_dispatch_generates_dropless(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = run_config(run)
+    config.model.moe.dispatch = c.CapacityDispatch(factor=0.5)
+    (copy / "config.json").write_text(c.to_json(config))
+    source, dropless = open_run(copy), open_run(run)
+    assert source.config == dropless.config and isinstance(source.config.moe.dispatch, c.GroupedDispatch)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "model.moe.dispatch" in said and "grouped" in said
 
 
 def test_a_batch_from_a_gguf_file_is_seeded_and_stops(gguf_path):

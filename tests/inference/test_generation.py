@@ -1,6 +1,7 @@
 """Generation equals a naive loop that runs the whole text through the model for each token."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from dsv3_jax import config as c
 from dsv3_jax.inference.generation import NO_TOKEN, Generator, bucket, compute_weights
 from dsv3_jax.inference.sampling import allowed_logits, make_sampling, row_keys
 from dsv3_jax.models.stack import unstack_layers
-from dsv3_jax.models.transformer import Transformer
+from dsv3_jax.models.transformer import Transformer, make_cache
 from tests.conftest import tiny_model
 
 LENGTH = 48
@@ -155,7 +156,7 @@ def test_the_window_of_a_task_holds_in_prefill_and_decoding():
     assert generator.generate(PROMPTS, max_new_tokens=9, task="short") == expected[2]
     assert generator.generate(PROMPTS, max_new_tokens=9) == expected[8] != expected[2]
     assert generator._jit_decode._cache_size() == 1
-    with pytest.raises(c.ConfigError, match="--task=long: this model has no window for it; tasks: short"):
+    with pytest.raises(c.ConfigError, match="--task=long: .* no window and no router condition for it; tasks: short"):
         generator.stream(PROMPTS, max_new_tokens=9, task="long")
     with pytest.raises(c.ConfigError, match="--task=short: .* tasks: none"):
         Generator(LATENT, weights(LATENT)).stream(PROMPTS, max_new_tokens=9, task="short")
@@ -183,4 +184,42 @@ def test_weights_cast_once_give_the_logits_of_weights_cast_in_each_layer():
 @pytest.mark.quick
 def test_only_what_the_model_reads_is_put_on_the_device():
     variables = weights(GROUPED)
-    assert compute_weights(GROUPED, variables | {"mtp": {"head": np.ones(3)}}).keys() == variables.keys()
+    assert compute_weights(GROUPED, variables | {"other": {"head": np.ones(3)}}).keys() == variables.keys()
+    more = {"params": variables["params"] | {"mtp": {"w": np.ones((1, 3))}}}
+    assert compute_weights(GROUPED, more)["params"].keys() == variables["params"].keys()
+    predicting = dataclasses.replace(GROUPED, mtp=c.MultiToken(depth=1))
+    assert "mtp" in compute_weights(predicting, more)["params"]
+    assert "mtp" not in Generator(predicting, more)._variables["params"]
+
+
+def test_routers_are_told_of_the_task():
+    moe = c.MixtureOfExperts(num_experts=4, expert_dim=16, router=c.Softmax(), condition=c.Condition(("prose",), 4))
+    config = tiny_model(moe=moe, context_length=LENGTH)
+    variables = weights(config)
+    at = variables["params"]["moe_layers"]["moe"]
+    at["w_condition"] = 9 * jax.random.normal(jax.random.key(1), at["w_condition"].shape)  # zero at the start
+    forward: Any = jax.jit(lambda tokens, condition: Transformer(config).apply(variables, tokens, condition=condition))
+    generator, rows = Generator(config, variables), {}
+    for task, condition in (("", 0), ("prose", 1)):
+
+        def logits_after(ids: list[int], condition=condition) -> jax.Array:
+            tokens_T = np.zeros(LENGTH, np.int32)
+            tokens_T[: len(ids)] = ids
+            return forward(tokens_T[None], np.full((1, LENGTH), condition, np.int32)).logits_BTV[0, len(ids) - 1]
+
+        rows[task] = generator.generate(PROMPTS, max_new_tokens=6, task=task)
+        assert rows[task] == [naive(logits_after, prompt, 6) for prompt in PROMPTS]
+    assert rows[""] != rows["prose"]
+    with pytest.raises(c.ConfigError, match="--task=code: .* tasks: prose"):
+        generator.generate(PROMPTS, max_new_tokens=6, task="code")
+
+
+@pytest.mark.quick
+def test_what_needs_the_whole_text_has_no_cache():
+    for change, says in (
+        ({"dispatch": c.CapacityDispatch()}, r"dispatch=capacity: cannot decode.* use GroupedDispatch\(\)"),
+        ({"expert": c.DeepExpert()}, r"expert=deep: cannot decode.* FeedForward\(\) experts"),
+    ):
+        config = tiny_model(moe=c.MixtureOfExperts(**change))
+        with pytest.raises(c.ConfigError, match=says):
+            make_cache(config, 1, 8)
