@@ -30,6 +30,7 @@ def validate(config: Config) -> None:
         False,
         "must be true in training: queries that see later keys would see the tokens they are to predict",
     )
+    _validate_layers(config)
     _validate_trainable(config)
     _validate_tasks(config)
     _validate_growth(config)
@@ -51,6 +52,23 @@ def validate(config: Config) -> None:
             tokenizer.vocab_size,
             f"must be at most model.vocab_size={config.model.vocab_size}",
         )
+
+
+def _validate_layers(config: Config) -> None:
+    """What would be trained without a word and do nothing."""
+    model, length = config.model, config.data.sequence_length
+    require(
+        model.moe is None or model.num_dense_layers < model.num_layers,
+        "model.num_dense_layers",
+        model.num_dense_layers,
+        "leaves no layer for the experts of model.moe; lower it, or set model.moe=none",
+    )
+    require(
+        model.mtp is None or model.mtp.depth < length,
+        "model.mtp.depth",
+        0 if model.mtp is None else model.mtp.depth,
+        f"must be below data.sequence_length={length}: no token stands that far ahead in a row",
+    )
 
 
 def _validate_tasks(config: Config) -> None:

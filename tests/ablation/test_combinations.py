@@ -75,6 +75,21 @@ def test_a_refusal_that_names_one_option_is_noticed():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda config: setattr(config.model, "num_dense_layers", 3), "num_dense_layers=3: leaves no layer for .*moe"),
+        (lambda config: setattr(config.model, "mtp", c.MultiToken(24)), "mtp.depth=24: .* data.sequence_length=24"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(edit, says):
+    config = base_config()
+    edit(config)
+    with pytest.raises(c.ConfigError, match=says):
+        config.validate()
+
+
+@pytest.mark.quick
 def test_covers_hold_every_value_and_every_accepted_pair(pairwise):
     assert {option for cell in cover(1) for option in cell.items()} == set(options())
     cells = pairwise
