@@ -28,7 +28,7 @@ LATE = 3  # the step from which the losses weigh nothing
 
 
 def model(**changes) -> c.ModelConfig:
-    attention = c.Attention(c.GroupedQuery(2, 1, 16), c.PerLayer(PATTERNS))
+    attention = c.Attention(c.GroupedQuery(2, 2, 16), c.PerLayer(PATTERNS))
     mtp = c.MultiToken(DEPTH, weight=0.4, late_weight=0.0, late_step=LATE)
     return tiny_model(**{"attention": attention, "mtp": mtp} | changes)
 
@@ -316,6 +316,7 @@ def test_noise_does_not_depend_on_microbatches_and_differs_between_modules(corpu
 DENSE = {"moe": None, "num_dense_layers": 2, "tie_embeddings": True}
 
 
+@pytest.mark.slow
 def test_unit_gates_of_dense_modules_are_counted(corpus):
     trainer = trainer_for(corpus, **DENSE, unit_gate=c.UnitGate(blocks=4, gate_dim=4))
     state, batch = trainer.init(0), random_batch(trainer.config)

@@ -57,7 +57,7 @@ def added_by(config: c.ModelConfig, plain: c.ModelConfig) -> tuple[dict[str, flo
     return {name: after[name] - before.get(name, 0) for name in after}, compiled_flops(config) - compiled_flops(plain)
 
 
-@pytest.mark.parametrize("moe", [True, False])
+@pytest.mark.parametrize("moe", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_multi_token_prediction_is_counted(moe):
     """A training forward pass with two modules against one without, each with its losses."""
     base = plain(c.GroupedQuery(4, 2, 8))
