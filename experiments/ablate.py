@@ -4,7 +4,8 @@ Example:
   .venv/bin/python experiments/ablate.py --table=attention --workdir=/tmp/attention
 
 Finished runs are skipped, an interrupted one is resumed: the same command goes on. --config.PATH=VALUE sets a field of
-every row (or, in a table that trains nothing, of the table). Writes WORKDIR/NAME.md, NAME.csv, NAME.png and rows.jsonl.
+every row (or, in a table that trains nothing, of the table). Writes WORKDIR/NAME.md, NAME.csv, NAME.png and rows.jsonl,
+and NAME_routing.png where a table measures routing (each run's folder then has routing.json).
 """
 
 import pathlib

@@ -98,7 +98,7 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
             steps, style = np.arange(1, len(path_N) + 1), styles[i % len(styles)]
             label = row.name if i == 0 else None
             right.plot(steps, path_N, style, color=colours[index % len(colours)], label=label, linewidth=1)
-    right.set(title="spread of selection biases (dashed: later layers)", xlabel="step", ylabel="standard deviation")
+    right.set(title="selection biases (dashed: later layers)", xlabel="step", ylabel="standard deviation")
     if moved:
         right.set_yscale("log")
         right.legend(fontsize=7)
