@@ -1,5 +1,6 @@
 """The published DeepSeek-V3.2-Exp: DeepSeek-V3 with sparse attention, its context extended to 160K by YaRN
-(`config.json` of the released checkpoint), multi-token prediction included. Checked by `eval_shape`; it needs a cluster to run.
+(`config.json` of the released checkpoint), multi-token prediction included. Checked by `eval_shape`; it needs a cluster
+to run.
 
     .venv/bin/python -c "from dsv3_jax.config import load; from dsv3_jax.planning.flops import count_parameters; \
 print(count_parameters(load('configs/dsv32_671b.py').model))"
