@@ -270,6 +270,11 @@ def plan_hf(
     config_json, published = write_config(config)
     table = published.table()
     expected = leaf_shapes(table)
+    if BIAS in leaves and not np.all(np.isfinite(np.asarray(leaves[BIAS]))):
+        raise ConfigError(
+            f"{BIAS}: some experts are inactive (−inf), and published routers have no such thing; train until"
+            " config.train.growth has made them active"
+        )
     if BIAS in leaves and BIAS not in expected:
         if np.any(np.asarray(leaves[BIAS])):
             raise ConfigError(f"{BIAS}: a {config_json['model_type']} has no selection bias, and this one is not zero")
