@@ -48,6 +48,9 @@ def main() -> None:
     except runner.Interrupted as stop:
         print(stop)
         return
+    except KeyboardInterrupt:  # between two runs
+        print("stopped; the same command goes on after the last finished run")
+        return
     print(report.write_report(ablation, rows, workdir, TABLE.value, command))
     if any(row.error for row in rows):
         sys.exit("error: some runs failed; the table says which. The same command tries them again.")
