@@ -263,7 +263,12 @@ VARIANTS = {
 }
 
 
+# One router stands for the others where time is short.
+QUICKER = [pytest.param(r, marks=() if isinstance(r, c.ProbabilityMass) else pytest.mark.slow) for r in ROUTERS]
+
+
 @pytest.mark.parametrize("name", [next(iter(VARIANTS)), pytest.param(list(VARIANTS)[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", QUICKER, indirect=True, ids=lambda router: router.kind)
 def test_remat_scanning_and_microbatches_change_neither_loss_nor_gradients(case, stepped, name):
     config = make_config(case.config.model.moe.router, **VARIANTS[name])
     trainer = Trainer(config, case.trainer.mesh)
