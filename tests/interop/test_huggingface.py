@@ -355,6 +355,14 @@ def test_tensors_that_do_not_fit_are_named(llama):
     load_hf(llama)  # known to be harmless
 
 
+def test_inactive_experts_are_not_published(tmp_path):
+    config, variables = MODELS["deepseek_v3"], random_variables(MODELS["deepseek_v3"])
+    variables["selection_bias"]["moe_layers"]["moe"]["bias"][0, 1] = -np.inf
+    with pytest.raises(c.ConfigError, match="some experts are inactive"):
+        save_hf(tmp_path / "new", config, variables)
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_no_architecture_expresses_is_not_saved(tmp_path):
     def refuse(config, match, **variables):
         with pytest.raises(c.ConfigError, match=match):
