@@ -12,7 +12,10 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+
 from dsv3_jax import config as c
+from dsv3_jax.models.transformer import make_cache
 
 Cell = dict[str, str]  # axis -> name of its value
 Option = tuple[str, str]  # axis, name of a value
@@ -196,29 +199,53 @@ def _targets(size: int, refused: Iterable[frozenset[Option]]) -> list[frozenset[
     return [g for g in chosen if len({axis for axis, _ in g}) == size and g not in refused]
 
 
+def decodes(cell: Cell) -> bool:
+    """Whether there is a cache for a cell."""
+    model = make_config(cell).model
+    try:
+        jax.eval_shape(lambda: make_cache(model, 1, 2))
+    except c.ConfigError:
+        return False
+    return True
+
+
 def cover(size: int, seed: int = 7, tries: int = 30) -> list[Cell]:
-    """Cells that hold every value (size 1) or every accepted pair of values (size 2); few, not the fewest.
+    """Cells that hold every value (size 1), or every accepted pair of values (size 2) and every pair of values that
+    decode in a cell that does; few, not the fewest."""
+    chance, targets = random.Random(seed), _targets(size, refused_pairs())
+    cells = _fill(dict.fromkeys(targets), size, frozenset(), chance, tries)
+    if size == 1:
+        return cells
+    without = frozenset(option for option in options() if not decodes(dict([option])))
+    decoded = {target for cell in cells if not without & set(cell.items()) for target in _held(cell, size)}
+    missing = dict.fromkeys(target for target in targets if target not in decoded and not target & without)
+    return cells + _fill(missing, size, without, chance, tries)
+
+
+def _held(cell: Cell, size: int) -> set[frozenset[Option]]:
+    return {frozenset(group) for group in itertools.combinations(cell.items(), size)}
+
+
+def _fill(
+    still_open: dict[frozenset[Option], None], size: int, without: frozenset[Option], chance: random.Random, tries: int
+) -> list[Cell]:
+    """Cells, of other values than `without`, that hold all targets, which are taken out of `still_open`.
 
     Each cell begins with a target that is still open; axes then take, in random order, the value that closes most
     others; the best of several tries is kept (the greedy way of Cohen et al. 1997, "The AETG system").
     """
-    chance, refused = random.Random(seed), refused_pairs()
-    still_open = dict.fromkeys(_targets(size, refused))  # a set that keeps its order
-    cells: list[Cell] = []
-
-    def held(cell: Cell) -> set[frozenset[Option]]:
-        return {frozenset(group) for group in itertools.combinations(cell.items(), size)}
+    cells, refused = [], refused_pairs()
 
     def attempt(first: frozenset[Option]) -> Cell:
         cell = dict(first)
         rest = [axis for axis in AXES if axis not in cell]
         chance.shuffle(rest)
         for axis in rest:
-            names = list(AXES[axis])
+            names = [name for name in AXES[axis] if (axis, name) not in without]
             names = [n for n in names if not any(frozenset(((axis, n), other)) in refused for other in cell.items())]
             if size > 1:  # of equals any one; with size 1 the first, which is cheap
                 chance.shuffle(names)
-            cell[axis] = max(names, key=lambda name: len(held({**cell, axis: name}) & still_open.keys()))
+            cell[axis] = max(names, key=lambda name: len(_held({**cell, axis: name}, size) & still_open.keys()))
         return {axis: cell[axis] for axis in AXES}
 
     while still_open:
@@ -226,7 +253,7 @@ def cover(size: int, seed: int = 7, tries: int = 30) -> list[Cell]:
         candidates = [cell for cell in (attempt(first) for _ in range(tries)) if refusal(cell) is None]
         if not candidates:
             raise RuntimeError(f"no accepted cell holds {dict(first)}, although validate() takes it alone")
-        cells.append(max(candidates, key=lambda cell: len(held(cell) & still_open.keys())))
-        for target in held(cells[-1]):
+        cells.append(max(candidates, key=lambda cell: len(_held(cell, size) & still_open.keys())))
+        for target in _held(cells[-1], size):
             still_open.pop(target, None)
     return cells

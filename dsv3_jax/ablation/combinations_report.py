@@ -122,11 +122,13 @@ def markdown(outcomes: list[Outcome], kind: str, command: str) -> str:
     no_cache = list(dict.fromkeys(outcome.no_cache for outcome in outcomes if outcome.no_cache))
     decoded = sum(outcome.decoded is not None for outcome in outcomes)
     seconds = sum(outcome.seconds for outcome in outcomes)
-    held = "every accepted pair of values" if COVERS[kind] == 2 else "every value"
+    held = "every value at least once"
+    if COVERS[kind] == 2:
+        held = "every accepted pair of values, and every pair of values that have a cache in a cell that decodes"
     page = [
         "# Combinations",
         "",
-        f"{len(outcomes)} cells, each one value of all {len(AXES)} axes, hold {held} at least once. A cell is a tiny"
+        f"{len(outcomes)} cells, each one value of all {len(AXES)} axes, hold {held}. A cell is a tiny"
         " model that is trained for two updates on a repeated batch and then looked at; it passes if",
         "",
         "- every loss term is finite, none that is on is zero, and the loss falls (warming up: the indexer's);",
