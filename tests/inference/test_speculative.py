@@ -223,6 +223,30 @@ def test_greedy_is_the_model_alone_and_the_drafts_are_those_made_without_a_cache
     assert counts.tokens_a_round == counts.tokens / counts.rounds > 1
 
 
+def test_every_draft_is_the_one_made_without_a_cache(made, monkeypatch):
+    """Those that were rejected too; what replaced one stands in its place."""
+    depth, _, drafting, drafts = made
+    rounds, seen = drafting._jit_rounds, []
+
+    def spy(variables, state, *rest):
+        length_B, live_B = np.asarray(state.cache.length_B), ~np.asarray(state.done_B)
+        state, given = rounds(variables, state, *rest)
+        seen.append((length_B, live_B, np.asarray(state.cache.length_B), np.asarray(state.text_BX)))
+        return state, given
+
+    monkeypatch.setattr(drafting, "_jit_rounds", spy)
+    list(drafting.stream(PROMPTS, max_new_tokens=LENGTH, stop_ids={VOCABULARY}))
+    checked = 0
+    for length_B, live_B, after_B, text_BX in seen:
+        for row in np.flatnonzero(live_B):
+            length, accepted = length_B[row], after_B[row] - length_B[row] - 1
+            known_T = np.where(np.arange(LENGTH) <= length, text_BX[row, :LENGTH], 0).astype(np.int32)
+            different = np.asarray(drafts(known_T, length)) != text_BX[row, length + 1 : length + 1 + depth]
+            assert not np.delete(different, np.arange(accepted, min(accepted + 1, depth))).any()
+            checked += depth - 1 + int(accepted == depth)
+    assert checked > 5
+
+
 def test_rows_end_at_stop_ids_and_budgets_each_by_itself(made):
     _, plain, drafting, _ = made
     free = generate(plain)
