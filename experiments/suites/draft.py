@@ -19,7 +19,7 @@ from experiments.suites import Case
 UNIT = "new tokens/s"
 DEFAULT_CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "mtp" / "depth1.py")
 PROMPT_LENGTH, NEW_TOKENS, BATCHES, TEMPERATURES = 64, 128, (1, 4), (0.0, 0.8)
-TRAIN_STEPS, ROW_LENGTH, ROWS = 100, 512, 4
+TRAIN_STEPS, ROW_LENGTH, ROWS = 300, 512, 4
 DOMAINS = (Domain("prose", Prose()),)
 
 
@@ -66,7 +66,8 @@ def cases(config_path: str | None) -> tuple[list[Case], list[str]]:
     length = PROMPT_LENGTH + NEW_TOKENS
     drafting, plain = SpeculativeGenerator(model, variables, length), Generator(model, variables, length)
     assert model.mtp is not None
-    losses = ", ".join(f"{name} {last[name]:.2f}" for name in ("lm", *(f"mtp_{k + 1}" for k in range(model.mtp.depth))))
+    names = ["lm", *(f"mtp_{k + 1}" for k in range(model.mtp.depth))]
+    losses = ", ".join(f"{name} {last[f'loss/{name}']:.2f}" for name in names)
     notes = [
         f"{config_path or 'configs/mtp/depth1.py'}: depth {model.mtp.depth}, trained for {TRAIN_STEPS} steps of "
         f"{ROWS} x {run.data.sequence_length} tokens ({losses} nats at the end)",
