@@ -49,8 +49,9 @@ class ProbabilityMass:
     """Softmax scores; each token takes its best experts until their probabilities reach a mass, k_min to k_max of them.
 
     The mass is a state of each layer: it begins at `mass` and is moved after a step by `mass_update_rate` x (target_k
-    - mean k), so that the mean number of experts a token stays at `target_k`; the gate decides which tokens get more.
-    Rate 0 fixes it (Huang et al. 2024, arXiv:2403.07652). The other fields as in `GroupedSigmoid`.
+    - mean k), so that the mean number of experts a token stays at `target_k`; the gate decides which tokens get more
+    (Huang et al. 2024, arXiv:2403.07652, with a fixed mass). What is held is the mean of training: with noise or
+    dropout on the choice, evaluation has another. The other fields as in `GroupedSigmoid`.
     """
 
     k_min: int = 2
@@ -93,7 +94,7 @@ class Condition:
 
 @dataclass
 class FeedForward:
-    """An expert is a SwiGLU of `expert_dim` units. With `widths`, expert e has widths[e mod n] units, at most
+    """An expert is a SwiGLU of `expert_dim` units. With `widths`, expert e has widths[e mod n] units, the widest
     `expert_dim`; all are stored and multiplied at the widest."""
 
     widths: tuple[int, ...] = ()
@@ -116,6 +117,8 @@ Expert = FeedForward | DeepExpert
 
 # Dispatch.
 
+GROUPED_KERNELS = ("bucketed", "ragged_dot", "reference")
+
 
 @dataclass
 class DenseDispatch:
@@ -126,7 +129,8 @@ class DenseDispatch:
 
 @dataclass
 class GroupedDispatch:
-    """Sort tokens by expert, then one grouped matmul. Dropless. `implementation=None` picks by platform."""
+    """Sort tokens by expert, then one grouped matmul. Dropless. `implementation` is one of `GROUPED_KERNELS`, or None,
+    which picks by platform."""
 
     implementation: str | None = None
     kind: ClassVar[str] = "grouped"
@@ -134,8 +138,9 @@ class GroupedDispatch:
 
 @dataclass
 class CapacityDispatch:
-    """An expert takes at most `factor` times its even share of a row's assignments, the first ones by position; the
-    others are dropped, and counted in `router/dropped` (Lepikhin et al. 2020, arXiv:2006.16668). For training: a text
+    """An expert takes at most `factor` times its even share of a row's T x top_k places, the first assignments by
+    position; the others are dropped, and counted in `router/dropped` (Lepikhin et al. 2020, arXiv:2006.16668).
+    Documents packed in one row share its places, so that a later one may lose what it has alone. For training: a text
     that is being generated has no length to share out."""
 
     factor: float = 1.25
@@ -172,8 +177,8 @@ class MixtureOfExperts:
     """`num_experts` routed experts of width `expert_dim`, and `num_shared_experts` SwiGLUs that see every token.
 
     In training only: `router_noise` is the standard deviation of normal noise on the logits that choose (Shazeer et al.
-    2017, arXiv:1701.06538); `expert_dropout` the probability that an expert is out of reach of a sequence, unless too
-    few are left (not the dropout inside experts of Switch Transformers).
+    2017, arXiv:1701.06538); `expert_dropout` the probability that an expert is out of reach of a row, unless too few
+    are left, in the chosen groups if there are groups (not the dropout inside experts of Switch Transformers).
     """
 
     num_experts: int = 16

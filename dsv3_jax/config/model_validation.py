@@ -18,10 +18,12 @@ from dsv3_jax.config.attention import (
 )
 from dsv3_jax.config.checks import check_types, require, require_one_of, require_positive
 from dsv3_jax.config.experts import (
+    GROUPED_KERNELS,
     CapacityDispatch,
     CrossExpertAttention,
     DeepExpert,
     FeedForward,
+    GroupedDispatch,
     GroupedSigmoid,
     MixtureOfExperts,
     ProbabilityMass,
@@ -246,7 +248,12 @@ def _validate_extras(model: ModelConfig) -> None:
     if gate is None:
         return
     require_positive(gate, "model.unit_gate", "blocks", "gate_dim")
-    require_positive(gate, "model.unit_gate", "budget_weight", minimum=0)
+    require(
+        gate.budget_weight > 0,
+        "model.unit_gate.budget_weight",
+        gate.budget_weight,
+        "must be positive: nothing else holds target",
+    )
     require(0 < gate.target < 1, "model.unit_gate.target", gate.target, "must be between 0 and 1")
     require(gate.temperature > 0, "model.unit_gate.temperature", gate.temperature, "must be positive")
     widths = {"model.dense_dim": model.dense_dim} if model.num_dense_layers else {}
@@ -275,14 +282,24 @@ def _validate_moe(moe: MixtureOfExperts) -> None:
     match moe.expert:
         case FeedForward(widths):
             require(
-                all(1 <= width <= moe.expert_dim for width in widths) and len(widths) <= moe.num_experts,
+                min(widths, default=1) >= 1
+                and max(widths, default=moe.expert_dim) == moe.expert_dim
+                and len(widths) <= moe.num_experts,
                 f"{prefix}.expert.widths",
                 widths,
-                f"must be at most {moe.num_experts} widths between 1 and model.moe.expert_dim={moe.expert_dim}",
+                f"must be at most {moe.num_experts} widths, the widest of model.moe.expert_dim={moe.expert_dim}",
             )
         case DeepExpert() as deep:
             require_positive(deep, f"{prefix}.expert", "num_layers", "num_heads", "head_dim")
             require(deep.head_dim % 2 == 0, f"{prefix}.expert.head_dim", deep.head_dim, "must be even, for RoPE")
+    if isinstance(moe.dispatch, GroupedDispatch):
+        name = moe.dispatch.implementation
+        require(
+            name in (None, *GROUPED_KERNELS),
+            f"{prefix}.dispatch.implementation",
+            name,
+            f"must be none or one of {', '.join(GROUPED_KERNELS)}",
+        )
     if isinstance(moe.dispatch, CapacityDispatch):
         factor = moe.dispatch.factor
         require(factor > 0, f"{prefix}.dispatch.factor", factor, "must be above 0; 1 is an even share")
@@ -304,7 +321,12 @@ def _validate_router(moe: MixtureOfExperts) -> None:
     router, prefix = moe.router, "model.moe.router"
     require_positive(router, prefix, "bias_update_rate", "balance_weight", "z_weight", minimum=0)
     if isinstance(router, ProbabilityMass):
-        require_positive(router, prefix, "mass_update_rate", minimum=0)
+        require(
+            router.mass_update_rate > 0,
+            f"{prefix}.mass_update_rate",
+            router.mass_update_rate,
+            "must be positive: nothing else holds target_k",
+        )
         require(
             1 <= router.k_min <= router.k_max <= moe.num_experts,
             f"{prefix}.k_min",

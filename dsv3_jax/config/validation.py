@@ -33,6 +33,7 @@ def validate(config: Config) -> None:
     _validate_layers(config)
     _validate_trainable(config)
     _validate_tasks(config)
+    _validate_router(config)
     _validate_growth(config)
     _validate_data(config.data)
     _validate_train(config.train)
@@ -68,6 +69,28 @@ def _validate_layers(config: Config) -> None:
         "model.mtp.depth",
         0 if model.mtp is None else model.mtp.depth,
         f"must be below data.sequence_length={length}: no token stands that far ahead in a row",
+    )
+    mtp, total = model.mtp, config.train.schedule.total_steps
+    later = mtp is not None and mtp.late_weight > 0 and mtp.late_step is not None and mtp.late_step < total
+    require(
+        mtp is None or mtp.weight > 0 or later,
+        "model.mtp.weight",
+        0.0,
+        "computes modules that nothing trains; set model.mtp=none, or a late_weight from a late_step of this run on",
+    )
+
+
+def _validate_router(config: Config) -> None:
+    moe = config.model.moe
+    if moe is None or moe.num_experts == 1:
+        return
+    router = moe.router
+    require(
+        router.top_k > 1 or not router.normalize_weights,
+        "model.moe.router.normalize_weights",
+        True,
+        "must be false with model.moe.router.top_k=1 in training: the weight of one expert is 1 whatever its score,"
+        " and the router learns nothing from the text",
     )
 
 
@@ -119,12 +142,27 @@ def _validate_growth(config: Config) -> None:
         growth.kind,
         f"needs train.trainable to be empty, given {config.train.trainable}: growth says what is trained",
     )
+    require(
+        router.z_weight == 0,
+        "model.moe.router.z_weight",
+        router.z_weight,
+        f"must be 0 with {name}={growth.kind}: the z loss sums over experts, and would jump with their number",
+    )
     require_positive(growth, name, "ramp_steps")
     match growth:
         case Expansion():
             _validate_expansion(growth, moe.num_experts, router)
+            end = growth.steps[-1] + growth.ramp_steps
         case AddedExpert():
             _validate_added_expert(growth, moe.num_experts, router, sparse_layers)
+            end = growth.ramp_steps
+    total = config.train.schedule.total_steps
+    require(
+        end <= total,
+        f"{name}.ramp_steps",
+        growth.ramp_steps,
+        f"the last new expert is in full use at step {end}, after train.schedule.total_steps={total}",
+    )
 
 
 def _validate_expansion(growth: Expansion, experts: int, router: GroupedSigmoid) -> None:

@@ -11,9 +11,8 @@ from dsv3_jax.layers.inputs import Packing
 from dsv3_jax.ops.dispatch import swiglu
 from dsv3_jax.sharding import constrain
 
-KEY_STREAM = (
-    2  # a layer's router draws from the same keys: its noise from the keys themselves, its dropout from stream 1
-)
+# A layer's router draws from the same keys: its noise from the keys themselves, its dropout from stream 1.
+KEY_STREAM = 2
 
 
 def switch(logits: jax.Array, noise: jax.Array, temperature: float) -> jax.Array:
@@ -30,7 +29,9 @@ def switch(logits: jax.Array, noise: jax.Array, temperature: float) -> jax.Array
 class BlockSwitches(nn.Module):
     """on_BTJ, 1 or 0 for each block of units, from silu(x W_1) W_2 + b in float32; and the sums of its statistics.
 
-    `activation`: Σ over sequences of (mean share that is on − target)². `active_units`: Σ over tokens of the share.
+    Training draws which blocks are on; evaluation takes those with a logit above 0. The share that counts is that of
+    evaluation, in training too: `activation` is Σ over sequences of (mean share − target)², `active_units` Σ over
+    tokens of the share.
     """
 
     config: ModelConfig
@@ -42,18 +43,16 @@ class BlockSwitches(nn.Module):
         init = nn.initializers.normal
         w_in_DH = parameter(self, "w_gate_in", init(D**-0.5), (D, gate.gate_dim), (axes.FSDP_EMBED, None))
         w_out_HJ = parameter(self, "w_gate_out", init(gate.gate_dim**-0.5), (gate.gate_dim, gate.blocks), (None, None))
-        # At the start the share that is on, P(logistic noise > −bias) = sigmoid(bias), is the target.
-        start = jnp.log(gate.target / (1 - gate.target))
-        bias_J = parameter(self, "bias", nn.initializers.constant(start), (gate.blocks,), (None,))
+        bias_J = parameter(self, "bias", nn.initializers.zeros, (gate.blocks,), (None,))
         hidden_BTH = jax.nn.silu(jnp.einsum("BTD,DH->BTH", x_BTD.astype(jnp.float32), w_in_DH))
         logits_BTJ = jnp.einsum("BTH,HJ->BTJ", hidden_BTH, w_out_HJ) + bias_J
-        noise_BTJ = jnp.zeros_like(logits_BTJ)
+        on_BTJ = steady_BTJ = switch(logits_BTJ, jnp.zeros_like(logits_BTJ), gate.temperature)
         if packing.key_B is not None:
             keys_B = jax.vmap(jax.random.fold_in, (0, None))(packing.key_B, KEY_STREAM)
             noise_BTJ = jax.vmap(lambda key: jax.random.logistic(key, logits_BTJ.shape[1:]))(keys_B)
-        on_BTJ = switch(logits_BTJ, noise_BTJ, gate.temperature)
+            on_BTJ = switch(logits_BTJ, noise_BTJ, gate.temperature)
         real_BT = packing.token_mask_BT.astype(jnp.float32)
-        share_BT = jnp.mean(on_BTJ, axis=-1) * real_BT
+        share_BT = jnp.mean(steady_BTJ, axis=-1) * real_BT
         tokens_B = jnp.sum(real_BT, axis=-1)
         miss_B = jnp.sum(share_BT, axis=-1) / jnp.maximum(tokens_B, 1) - gate.target
         return on_BTJ, {

@@ -50,7 +50,8 @@ class MoE(nn.Module):
             capacity = capacity_of(moe.dispatch.factor, T, K, E)
             keep_BTK = within_capacity(experts_BTK, E, capacity, packing.token_mask_BT)
             lost_BTK = (experts_BTK < E) & ~keep_BTK & packing.token_mask_BT[..., None]
-            routing.sums["dropped"] = jnp.sum(lost_BTK.astype(jnp.float32))
+            dropped = jnp.sum(lost_BTK.astype(jnp.float32))
+            routing = routing._replace(sums=routing.sums | {"dropped": dropped})
             experts_BTK = jnp.where(keep_BTK, experts_BTK, E)
         weights_BTK = jnp.where(experts_BTK < E, routing.weights_BTK, 0)
 

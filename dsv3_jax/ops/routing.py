@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import GroupedSigmoid, ProbabilityMass, Router, Softmax
 
-OUT_OF_REACH = 100.0  # taken off the score of an expert that dropout hides: chosen only where too few are left
+OUT_OF_REACH = 100.0  # taken off the score of an expert that dropout hides: chosen only where too few can be
 
 
 class Routing(NamedTuple):
@@ -92,6 +92,7 @@ def route(
     if exploration is not None and exploration.noise:
         noise_BTE = jax.vmap(lambda key: jax.random.normal(key, logits_BTE.shape[1:]))(exploration.key_B)
         choosing_BTE = _scores(router, logits_BTE + exploration.noise * noise_BTE, active_E)
+    hidden_BE = jnp.zeros((len(logits_BTE), E), bool)
     if exploration is not None and exploration.dropout:
         keys_B = jax.vmap(jax.random.fold_in, (0, None))(exploration.key_B, 1)
         hidden_BE = jax.vmap(lambda key: jax.random.bernoulli(key, exploration.dropout, (E,)))(keys_B)
@@ -102,7 +103,9 @@ def route(
     weights_BTK = jnp.einsum("BTKE,BTE->BTK", onehot_BTKE, scores_BTE)
     if isinstance(router, ProbabilityMass):
         before_BTK = jnp.cumsum(weights_BTK, axis=-1) - weights_BTK
-        used_BTK = (jnp.arange(K) < router.k_min) | (before_BTK < (router.mass if mass is None else mass))
+        optional_BTK = jnp.einsum("BTKE,BE->BTK", onehot_BTKE, (~hidden_BE).astype(jnp.float32)) > 0
+        optional_BTK &= before_BTK < (router.mass if mass is None else mass)
+        used_BTK = (jnp.arange(K) < router.k_min) | optional_BTK
         weights_BTK = jnp.where(used_BTK, weights_BTK, 0)
         onehot_BTKE = jnp.where(used_BTK[..., None], onehot_BTKE, 0)
         experts_BTK = jnp.where(used_BTK, experts_BTK, E)

@@ -1,11 +1,13 @@
 """The routed experts' implementations: which one is picked, and how buckets are filled. Results: tests/ops."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.kernels.grouped_matmul import api, bucketed, grouped_experts
+from dsv3_jax.kernels.grouped_matmul.padded import padded_matmul
 from tests.ops.dispatch_cases import CASES, E, operands
 
 
@@ -61,3 +63,23 @@ def test_an_unknown_implementation_is_named():
     x, weights, w_in, w_out = operands(1)
     with pytest.raises(ConfigError, match="must be one of bucketed, ragged_dot, reference"):
         grouped_experts(x, weights, CASES["one token"], w_in, w_out, implementation="megablox")
+
+
+@pytest.mark.parametrize("name", ["bucketed", "padded"])
+def test_bf16_gradients_of_a_full_expert_lose_no_block(name):
+    # 4096 equal addends: a running sum in bfloat16 stalls at 256 of them; rounding the result costs 2^-9.
+    P, E, D, F = 4096, 16, 2, 2
+    x_PD, w_in, w_out = jnp.ones((P, D)), 0.5 * jnp.ones((E, D, 2, F)), 0.5 * jnp.ones((E, F, D))
+    experts_PK, weights_PK = jnp.zeros((P, 1), jnp.int32), jnp.ones((P, 1))
+
+    def loss(weights, dtype):
+        operands = [x.astype(dtype) for x in (x_PD, *weights)]
+        if name == "bucketed":
+            return jnp.sum(grouped_experts(operands[0], weights_PK, experts_PK, *operands[1:], name), dtype=jnp.float32)
+        sizes_E = jnp.zeros(E, jnp.int32).at[0].set(P)
+        return jnp.sum(padded_matmul(operands[0], operands[1].reshape(E, D, -1), sizes_E), dtype=jnp.float32)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    exact, rounded = gradient((w_in, w_out), jnp.float32), gradient((w_in, w_out), jnp.bfloat16)
+    for e, r in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
+        np.testing.assert_allclose(np.asarray(r, np.float32), np.asarray(e), rtol=2e-2, atol=1e-6)

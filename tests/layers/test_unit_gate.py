@@ -77,12 +77,6 @@ def test_noise_is_logistic_the_share_on_is_the_sigmoid_of_the_logit(bias, params
         assert np.abs(means - share).max() < 5 * np.sqrt(share * (1 - share) * on_BTJ.shape[axis] / on_BTJ.size)
 
 
-def test_a_new_gate_is_near_its_target_in_training(params):
-    on_BTJ, sums = switched(params, 0.1 * tokens(), packing(seed=0))
-    assert abs(on_BTJ.mean() - GATE.target) < 0.08  # 512 draws
-    assert float(sums["active_units"]) == pytest.approx(on_BTJ.mean() * B * T, rel=1e-5)
-
-
 def test_evaluation_switches_by_sign_and_always_alike(params):
     x_BTD = 3 * tokens()
     on_BTJ, _ = switched(params, x_BTD, packing())
@@ -120,8 +114,10 @@ def test_the_budget_loss_alone_moves_the_share_to_the_target(params):
     for seed in range(120):
         params, share = step(params, seed)
         shares.append(float(share))
-    assert shares[0] > 0.55
-    assert abs(np.mean(shares[-20:]) - gate.target) < 0.03
+    assert shares[0] > 0.4
+    on_BTJ, _ = module.apply({"params": params}, x_BTD, packing())  # as in evaluation, without draws
+    assert abs(np.mean(on_BTJ) - gate.target) < 0.03
+    assert shares[-1] == pytest.approx(float(np.mean(on_BTJ)), abs=0.03)
 
 
 def test_units_that_are_off_neither_count_nor_learn():

@@ -154,13 +154,16 @@ def _backward(_, saved, dy_PD):
         return (
             dx_PD.at[assignment // K].add(dx_bD),
             dweights_N.at[assignment].add(dweights_b.astype(jnp.float32)),
-            dw_in.at[expert].add(dw_in_D2F),
-            dw_out.at[expert].add(dw_out_FD),
+            dw_in.at[expert].add(dw_in_D2F.astype(jnp.float32)),
+            dw_out.at[expert].add(dw_out_FD.astype(jnp.float32)),
         )
 
-    totals = (dx_PD, dweights_PK.reshape(-1), dw_in_ED2F, dw_out_EFD)
+    # Many blocks of one expert add up: in bfloat16 all but the first few would be lost.
+    totals = (dx_PD, dweights_PK.reshape(-1), dw_in_ED2F.astype(jnp.float32), dw_out_EFD.astype(jnp.float32))
     dx_PD, dweights_N, dw_in_ED2F, dw_out_EFD = jax.lax.fori_loop(0, layout.blocks_E[-1], body, totals)
-    return dx_PD, dweights_N.reshape(P, K).astype(weights_PK.dtype), None, dw_in_ED2F, dw_out_EFD
+    dtype = w_in_ED2F.dtype
+    dweights_PK = dweights_N.reshape(P, K).astype(weights_PK.dtype)
+    return dx_PD, dweights_PK, None, dw_in_ED2F.astype(dtype), dw_out_EFD.astype(dtype)
 
 
 _combined_experts = jax.custom_vjp(_output, nondiff_argnums=(0,))
