@@ -4,17 +4,13 @@ import copy
 from typing import Any, NamedTuple
 
 from dsv3_jax.config import (
-    AdamW,
-    Config,
     ConfigError,
-    DataConfig,
-    DeepSeekTokenizer,
     Full,
     ModelConfig,
     MultiToken,
-    TrainConfig,
     Windowed,
     flatten,
+    validate_model,
 )
 from dsv3_jax.interop.architectures import ARCHITECTURES, WINDOW, Architecture, Json, refused
 from dsv3_jax.interop.rope_json import read_rope, write_rope
@@ -99,12 +95,6 @@ def _fill(architecture: Architecture, left: Json) -> ModelConfig:
     return config
 
 
-def _validate(config: ModelConfig) -> None:
-    """The rules of a run's model."""
-    data, optimizer = DataConfig(tokenizer=DeepSeekTokenizer()), AdamW(base_dim=config.dim)
-    Config(model=config, data=data, train=TrainConfig(optimizer=optimizer)).validate()
-
-
 def _read_quantization(left: Json) -> tuple[int, int] | None:
     """The block of float8 scales. How activations are rounded does not concern the weights and is not imitated."""
     given = left.pop("quantization_config", None)
@@ -161,16 +151,20 @@ def read_config(given: Json, stored_dtype: str = "float32") -> Published:
     config.compute_dtype = COMPUTE[dtypes[0]]
     config.attention.rope_theta, config.attention.rope_scaling = theta, scaling
     config.mtp = MultiToken(depth=modules) if modules else None
-    if modules and config.num_dense_layers == config.num_layers:
-        raise refused(MODULES, modules, "its layers have experts, and here no other layer has any; must be 0")
     for field_name, harmless in architecture.fixed.items():
         value = left.pop(field_name, harmless[0])
         if value not in harmless:
             raise refused(field_name, value, f"we support {' or '.join(map(repr, harmless))}")
     for field_name, value in left.items():
         raise refused(field_name, value, f"not a field of {name} that we know; its effect would be ignored")
-    _validate(config)
+    validate_model(config)
     return Published(architecture, config, neighbours, block)
+
+
+def check_modules(config: ModelConfig) -> None:
+    """Raises `ConfigError` for multi-token-prediction modules of a model whose layers are all dense."""
+    if config.mtp is not None and config.num_dense_layers == config.num_layers:
+        raise refused(MODULES, config.mtp.depth, "its layers have experts, and here no other layer has any; must be 0")
 
 
 def _write(architecture: Architecture, config: ModelConfig) -> Json:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import DTYPES, ConfigError, ModelConfig
-from dsv3_jax.interop.config_json import IGNORED_TENSORS, MODULES, Published, read_config, write_config
+from dsv3_jax.interop.config_json import IGNORED_TENSORS, MODULES, Published, check_modules, read_config, write_config
 from dsv3_jax.interop.safetensors_files import (
     DTYPE_NAMES,
     FLOAT8,
@@ -22,7 +22,7 @@ from dsv3_jax.interop.safetensors_files import (
     plan_shards,
     write_shards,
 )
-from dsv3_jax.interop.tensors import BIAS, Tensor, leaf_shapes
+from dsv3_jax.interop.tensors import BIAS, BIASES, Tensor, leaf_shapes
 
 CONFIG = "config.json"
 SCALE = "_scale_inv"
@@ -95,8 +95,9 @@ def open_hf(directory: str | pathlib.Path, dtype: str | None = None) -> Opened:
         published = read_config(given, KEPT[embedding.dtype].name)
     if not _has_modules(published.config, stored):
         published = published._replace(config=dataclasses.replace(published.config, mtp=None))
-    table = published.table()
     try:
+        check_modules(published.config)
+        table = published.table()
         _check_tensors(published, table, stored)
     except ConfigError as error:
         raise ConfigError(f"{directory}: {error}") from None
@@ -261,20 +262,23 @@ def plan_hf(
     """Checks that a published architecture can express the model and its leaves.
 
     Args:
-      leaves: path -> array; of all but the selection bias shape and dtype are enough.
+      leaves: path -> array; of all but the selection biases shape and dtype are enough.
       by_leaf: tensors of one leaf follow each other; otherwise those of one layer.
 
     Raises:
       ConfigError: it cannot; names the field or the leaf.
     """
     config_json, published = write_config(config)
+    check_modules(config)
     table = published.table()
     expected = leaf_shapes(table)
-    if BIAS in leaves and not np.all(np.isfinite(np.asarray(leaves[BIAS]))):
-        raise ConfigError(
-            f"{BIAS}: some experts are inactive (−inf), and published routers have no such thing; train until"
-            " config.train.growth has made them active"
-        )
+    for path in [path for path in leaves if path.startswith(BIASES)]:
+        if not np.all(np.isfinite(np.asarray(leaves[path]))):
+            raise ConfigError(
+                f"{path}: some experts are inactive (−inf), and published routers have no such thing;"
+                " train.growth=expansion makes all of them active if training goes on, added_expert those of one layer"
+                " alone: then only the run itself can be used"
+            )
     if BIAS in leaves and BIAS not in expected:
         if np.any(np.asarray(leaves[BIAS])):
             raise ConfigError(f"{BIAS}: a {config_json['model_type']} has no selection bias, and this one is not zero")

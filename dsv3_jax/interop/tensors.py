@@ -11,7 +11,8 @@ from dsv3_jax.config import GroupedQuery, Latent, ModelConfig, Sparse
 from dsv3_jax.models.stack import layer_groups, prediction_group
 
 ALL = slice(None)
-BIAS = "selection_bias/moe_layers/moe/bias"
+BIASES = "selection_bias/"
+BIAS = f"{BIASES}moe_layers/moe/bias"
 EMBEDDING_PATH = "params/embedding"
 
 

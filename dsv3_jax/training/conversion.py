@@ -23,7 +23,7 @@ from dsv3_jax.data.packages import gguf_path
 from dsv3_jax.data.published_tokenizers import MODEL, TOKENIZER, copy_tokenizer, open_tokenizer
 from dsv3_jax.data.tokenizers import Tokenizer, run_tokenizer
 from dsv3_jax.interop.huggingface import SHARD_BYTES, Plan, check_target, open_hf, plan_hf, write_hf
-from dsv3_jax.interop.tensors import BIAS
+from dsv3_jax.interop.tensors import BIASES
 from dsv3_jax.interop.weight_folder import HELD_BYTES, WeightFolder, begin_conversion, fill, has_weights, open_weights
 from dsv3_jax.training.checkpoints import Checkpoints, open_checkpoints, run_config
 
@@ -133,8 +133,7 @@ def to_hf(
     else:
         checkpoints = open_checkpoints(workdir)
         leaves: dict[str, Any] = checkpoints.leaves()
-        if BIAS in leaves:
-            leaves[BIAS] = checkpoints.read_leaf(BIAS, leaves[BIAS])
+        leaves |= {path: checkpoints.read_leaf(path, leaf) for path, leaf in leaves.items() if path.startswith(BIASES)}
         plan = plan_hf(run.model, leaves, max_shard_bytes, by_leaf=True)
         write_hf(directory, plan, _shown(_restored(checkpoints, plan, leaves), plan.nbytes, show))
         checkpoints.close()

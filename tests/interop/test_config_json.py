@@ -232,6 +232,17 @@ def test_layers_without_experts_come_first():
     assert read_config(v32 | {"mlp_layer_types": ["dense", "dense", "sparse"]}).config.num_dense_layers == 2
 
 
+@pytest.mark.parametrize("modules", [0, 1])
+@pytest.mark.parametrize("dense", [2, 3, 5])
+def test_a_cut_file_may_have_more_dense_layers_than_layers(dense, modules):
+    """Whether announced modules, which would have experts, are there is seen when the tensors are."""
+    given = DEEPSEEK_V3 | {"num_hidden_layers": 2, "first_k_dense_replace": dense, "num_nextn_predict_layers": modules}
+    config = read_config(given).config
+    assert (config.num_layers, config.num_dense_layers) == (2, 2) and config.moe is not None
+    assert config.mtp == (c.MultiToken(1) if modules else None)
+    assert read_config(write_config(config)[0]).config == config
+
+
 # File -> fields of a wrong type, and how the error names them.
 WRONG_TYPES = [
     (LLAMA, {"quantization_config": "fp8"}, "quantization_config='fp8': we read"),

@@ -162,6 +162,23 @@ def test_embedding_and_head_of_a_prediction_module_are_the_models(tied, tmp_path
 
 
 @pytest.mark.quick
+def test_a_model_without_sparse_layers_comes_back_and_has_no_prediction_modules(tmp_path):
+    config = latent(SIGMOID, num_dense_layers=3)
+    variables = random_variables(config) | {"selection_bias": {}}  # as `Transformer` has it
+    save_hf(tmp_path, config, variables)
+    path = tmp_path / "config.json"
+    given = json.loads(path.read_text())
+    for more in ({}, {"first_k_dense_replace": 5}, {"num_nextn_predict_layers": 1}):  # announced and absent
+        path.write_text(json.dumps(given | more))
+        loaded_config, loaded = load_hf(tmp_path)
+        assert loaded_config.num_dense_layers == 3 and loaded_config.mtp is None
+        assert_same(loaded, variables)
+    tensors = stored(tmp_path) | {"model.layers.3.enorm.weight": np.ones(32, np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    refused(tmp_path, "num_nextn_predict_layers=1: its layers have experts, and here no other layer has any")
+
+
+@pytest.mark.quick
 def test_an_architecture_without_prediction_modules_is_refused(tmp_path):
     config = with_mtp(MODELS["llama"])
     with pytest.raises(c.ConfigError, match="config.model.mtp.depth=1: the nearest published architecture, llama, has"):
@@ -355,11 +372,15 @@ def test_tensors_that_do_not_fit_are_named(llama):
     load_hf(llama)  # known to be harmless
 
 
-def test_inactive_experts_are_not_published(tmp_path):
-    config, variables = MODELS["deepseek_v3"], random_variables(MODELS["deepseek_v3"])
-    variables["selection_bias"]["moe_layers"]["moe"]["bias"][0, 1] = -np.inf
-    with pytest.raises(c.ConfigError, match="some experts are inactive"):
-        save_hf(tmp_path / "new", config, variables)
+@pytest.mark.quick
+@pytest.mark.parametrize("path", ["moe_layers/moe/bias", "mtp/block/moe/bias"])
+def test_inactive_experts_are_not_published(path, tmp_path):
+    """Those of the modules neither: an added expert is never active there."""
+    config = with_mtp(MODELS["deepseek_v3"])
+    leaves = random_leaves(config)
+    leaves[f"selection_bias/{path}"][0, 1] = -np.inf
+    with pytest.raises(c.ConfigError, match=f"selection_bias/{path}: some experts are inactive .*=expansion .* alone"):
+        save_hf(tmp_path / "new", config, huggingface.nested(leaves))
     assert not (tmp_path / "new").exists()
 
 

@@ -200,7 +200,7 @@ def test_the_tokenizer_comes_along(published, corpus, tmp_path):
 @pytest.mark.slow
 def test_a_trained_run_becomes_a_checkpoint(corpus, tmp_path):
     config = tiny_config(corpus, num_steps=1)
-    config.model.attention.pattern = c.Full()
+    config.model.attention.pattern, config.model.mtp = c.Full(), c.MultiToken(1)
     result = train(config, tmp_path / "run")
     to_hf(tmp_path / "run", tmp_path / "hf", 100_000)
     loaded_config, loaded = load_hf(tmp_path / "hf")
