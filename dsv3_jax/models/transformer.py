@@ -164,9 +164,7 @@ class Transformer(nn.Module):
           hidden_BTD for the next module; the same after the module's final norm, of which `head_weight` makes the
           logits of the token at i + 2 + module_index; the new cache if one was given.
         """
-        config, group = self.config, prediction_group(self.config)
-        if group is None or not 0 <= module_index < group.count:
-            raise ValueError(f"module_index={module_index}: config.mtp is {config.mtp}")
+        config, group = self.config, _modules(self.config, module_index)
         packing = self._packing(tokens_BT, positions_BT, segment_ids_BT, window_BT, cache, num_tokens_B, max_segments)
         embedding_VD = nn.unbox(self.get_variable("params", "embedding"))
         table_NC = nn.unbox(self.get_variable("params", "condition_embedding"))
@@ -277,8 +275,17 @@ def make_cache(config: ModelConfig, batch: int, max_length: int, step: int = 1) 
 
 def make_prediction_cache(config: ModelConfig, module_index: int, batch: int, max_length: int, step: int = 1) -> Cache:
     """An empty cache for one multi-token-prediction module (`Transformer.predict`), as `make_cache` for the model. It
-    depends on the module, whose attention pattern may be its own."""
-    return _make_cache(config, [config.num_layers + module_index], batch, max_length, step)
+    depends on the module, whose attention pattern may be its own. Raises `ValueError` if there is no such module."""
+    layer = _modules(config, module_index).first + module_index
+    return _make_cache(config, [layer], batch, max_length, step)
+
+
+def _modules(config: ModelConfig, module_index: int) -> LayerGroup:
+    """The multi-token-prediction modules, of which `module_index` is one."""
+    group = prediction_group(config)
+    if group is None or not 0 <= module_index < group.count:
+        raise ValueError(f"module_index={module_index}: config.mtp is {config.mtp}")
+    return group
 
 
 def _make_cache(config: ModelConfig, layer_numbers: Sequence[int], batch: int, max_length: int, step: int) -> Cache:

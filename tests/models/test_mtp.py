@@ -203,6 +203,9 @@ def test_predict_refuses_what_is_not_there():
         Transformer(model()).apply({}, 2, hidden, tokens, method="predict")
     with pytest.raises(ValueError, match="module_index=0: config.mtp is None"):
         Transformer(model(mtp=None)).apply({}, 0, hidden, tokens, method="predict")
+    for index in (-1, DEPTH):
+        with pytest.raises(ValueError, match=f"module_index={index}: config.mtp is MultiToken"):
+            make_prediction_cache(model(), index, 1, 4)
 
 
 def test_the_main_model_does_not_know_of_its_modules(plain, apply):
