@@ -1,7 +1,8 @@
 """8 experts that become 16, 32 and 64 while training: at steps 40, 70 and 100 of 150.
 
-A new expert is a copy of an old one that no token chooses yet: the loss goes on where it was. Over 20 steps its
-selection bias rises to that of its parent. `router/active_experts` of metrics.jsonl counts them.
+A new expert is a copy of an old one that no token chooses yet: the language-model loss and its gradients go on where
+they were, and so does the value of the balance loss, whose gradient sees the new experts at once. Over 20 steps the
+selection bias of a new one rises to that of its parent. `router/active_experts` of metrics.jsonl counts them.
 
 .venv/bin/python experiments/train.py --config=configs/moe/expansion.py --workdir=/tmp/expansion
 """

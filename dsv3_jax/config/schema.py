@@ -207,7 +207,8 @@ class AdamW:
     """AdamW (Loshchilov & Hutter 2019), no decay on norms and biases, gradients clipped to `clip_norm`.
 
     `learning_rate` is the peak for width `base_dim`; matrices of a model of width `dim` train at
-    learning_rate x base_dim / dim, embeddings and norms at learning_rate (Yang et al., arXiv:2203.03466).
+    learning_rate x base_dim / dim, embeddings, norms and matrices whose input has a width of its own at learning_rate
+    (Yang et al., arXiv:2203.03466).
     """
 
     learning_rate: float = 3e-3
@@ -225,8 +226,9 @@ class AdamW:
 class Expansion:
     """Training begins with `initial_experts` of `moe.num_experts`; at each of `steps` the number doubles.
 
-    A new expert is a copy of an old one, optimizer state included, with a selection bias so low that nothing changes;
-    over the next `ramp_steps` steps the bias rises to that of its parent.
+    A new expert is a copy of an old one, optimizer state included, with a selection bias so low that no token chooses
+    it: the language-model loss and its gradients are those of before. So is the value of the balance loss, but its
+    gradient reaches the new experts at once. Over the next `ramp_steps` steps the bias rises to that of its parent.
     """
 
     initial_experts: int = 8

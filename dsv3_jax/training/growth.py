@@ -107,8 +107,10 @@ def is_done(stage: Stage, selection_bias: Any) -> bool:
 def grow(state: Any, growth: Growth, expert_axes: ExpertAxes, parent_E: jax.Array) -> Any:
     """The `TrainState` with the new experts of a stage: copies of their parents, with the moments of the optimizer.
 
-    Their selection biases are so low that no token chooses them: the model computes what it did. `AddedExpert` gives
-    one in its layer only, so that the copies in other layers stay inactive.
+    Their selection biases are so low that no token chooses them: the model computes what it did, and the language-model
+    loss has the gradients it had. They are active all the same: to the balance loss, whose value copies of all experts
+    leave as it was, they give a gradient at once. `AddedExpert` gives one in its layer only, so that the copies in
+    other layers stay inactive.
     """
     new_E = parent_E != jnp.arange(len(parent_E))
 

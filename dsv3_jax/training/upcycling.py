@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv3_jax.config import AddedExpert, Config, ConfigError, FeedForward, ModelConfig, WeightedSum
+from dsv3_jax.config import AddedExpert, CapacityDispatch, Config, ConfigError, FeedForward, ModelConfig, WeightedSum
 from dsv3_jax.config.checks import require
 from dsv3_jax.interop.huggingface import flat, nested
 from dsv3_jax.interop.tensors import BIAS
@@ -17,7 +17,7 @@ from dsv3_jax.training.growth import ExpertAxes, first_experts
 from dsv3_jax.training.sources import Abstract, Source
 
 ROUTER_PARTS = ("w_router", "w_condition", "condition_embedding", "selection_bias")
-DENSE, MOE = "params/dense_layers/", "params/moe_layers/"
+DENSE, MOE, MTP = "params/dense_layers/", "params/moe_layers/", "params/mtp/"
 
 
 class Part(NamedTuple):
@@ -112,7 +112,10 @@ def _widened(source: Source, config: Config, expert_axes: ExpertAxes) -> Source:
 
 
 def _upcycled(source: Source, model: ModelConfig) -> Source:
-    """With copies of each layer's MLP as its experts, from layer `num_dense_layers` on."""
+    """With copies of each layer's MLP as its experts, from layer `num_dense_layers` on.
+
+    Its multi-token-prediction modules are left out: a run's modules have experts too, and start fresh.
+    """
     moe, why = model.moe, f"to start from --init_from={source.name}, of whose MLPs every expert is a copy"
     assert moe is not None
     for name, given, expected in (
@@ -126,6 +129,8 @@ def _upcycled(source: Source, model: ModelConfig) -> Source:
         ("model.unit_gate", model.unit_gate, None),
     ):
         require(given == expected, name, given, f"must be {expected!r} {why}")
+    dropping = isinstance(moe.dispatch, CapacityDispatch)
+    require(not dropping, "model.moe.dispatch.kind", moe.dispatch.kind, f"drops tokens; must be grouped or dense {why}")
     dense, E = model.num_dense_layers, moe.num_experts
 
     def layers(path: str, leaf: jax.ShapeDtypeStruct) -> dict[str, Part]:
@@ -140,11 +145,13 @@ def _upcycled(source: Source, model: ModelConfig) -> Source:
 
     parts: dict[str, Part] = {}
     for path, leaf in source.leaves.items():
-        parts |= layers(path, leaf) if path.startswith(DENSE) else {path: Part(path, leaf.shape, lambda x: x)}
-    larger = dataclasses.replace(source.model, moe=moe, num_dense_layers=dense)
+        if not path.startswith(MTP):
+            parts |= layers(path, leaf) if path.startswith(DENSE) else {path: Part(path, leaf.shape, lambda x: x)}
+    larger = dataclasses.replace(source.model, moe=moe, num_dense_layers=dense, mtp=None)
     made = _made_of(source, larger, parts)
+    left_out = () if source.model.mtp is None else ("its multi-token-prediction layers are left out",)
     note = f"upcycled: from layer {dense} on, {E} experts are copies of each layer's MLP, {moe.router.top_k} a token"
-    return made._replace(notes=(*source.notes, note), fresh=(*source.fresh, *ROUTER_PARTS))
+    return made._replace(notes=(*source.notes, *left_out, note), fresh=(*source.fresh, *ROUTER_PARTS))
 
 
 def _made_of(source: Source, model: ModelConfig, parts: dict[str, Part]) -> Source:

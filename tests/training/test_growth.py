@@ -16,7 +16,7 @@ from dsv3_jax.data.pipeline import load_dataset
 from dsv3_jax.interop.gguf import load_gguf
 from dsv3_jax.interop.huggingface import flat, nested, save_hf
 from dsv3_jax.models.transformer import Transformer
-from dsv3_jax.ops.routing import update_selection_bias
+from dsv3_jax.ops.routing import route, update_selection_bias
 from dsv3_jax.sharding import make_mesh
 from dsv3_jax.training import growth
 from dsv3_jax.training.loop import _grow, read_metrics, train
@@ -175,7 +175,8 @@ def test_growth_changes_no_logit_and_no_choice(shared, before):
 
 
 def test_the_next_step_trains_the_old_parameters_as_without_growth(shared, before):
-    """Gradients (the change of Adam's first moment), updates and biases; the value of every loss term."""
+    """Gradients of the language-model loss (the change of Adam's first moment), updates and biases; the value of the
+    balance loss, which weighs nothing here."""
     trainer, (state, batch) = shared["trainer"], before
     (stage,) = growth.stages(trainer.config.train.growth, trainer.config.model.moe)
     new_E = stage.new_E
@@ -191,6 +192,25 @@ def test_the_next_step_trains_the_old_parameters_as_without_growth(shared, befor
             if axis is not None:
                 x, y = (np.moveaxis(np.asarray(z), axis, 0)[~new_E] for z in (x, y))
             assert_close(x, y, 1e-6, str(path))
+
+
+@pytest.mark.quick
+def test_the_balance_loss_keeps_its_value_but_not_its_gradient_and_the_z_loss_neither():
+    """Copies are active at once. This is why growth has no z loss."""
+    (stage,) = growth.stages(c.Expansion(4, (3,), 4), mixture(8))
+    random = np.random.default_rng(0)
+    logits_BTE = jnp.asarray(random.normal(size=(2, 9, 8)).astype(np.float32))[..., stage.parent_E]
+
+    @jax.jit
+    def terms(bias):
+        bias_E, mask_BT = jnp.where(stage.new_E, bias, 0), jnp.ones((2, 9), bool)
+        sums = lambda logits_BTE: route(SIGMOID, logits_BTE, bias_E, mask_BT).sums  # noqa: E731
+        return sums(logits_BTE), jax.grad(lambda x: sums(x)["balance"])(logits_BTE)
+
+    (before, old_BTE), (after, new_BTE) = terms(-jnp.inf), terms(-growth.BELOW)
+    assert float(after["balance"]) == pytest.approx(float(before["balance"]), rel=1e-6)
+    assert not np.any(old_BTE[..., stage.new_E]) and np.all(new_BTE[..., stage.new_E] != 0)
+    assert float(after["z"]) > 1.2 * float(before["z"])
 
 
 def test_a_run_grows_once_and_resumes_exactly(corpus, shared, tmp_path, capsys):
@@ -225,6 +245,7 @@ def test_a_state_that_missed_its_stage_grows_late_and_a_grown_one_not_again(shar
 
 
 ONE_GROUP = dataclasses.replace(SIGMOID, num_groups=1)
+WITH_Z = dataclasses.replace(SIGMOID, z_weight=0.1)
 
 
 def added_config(corpus, experts: int = 4, **train) -> c.Config:
@@ -296,6 +317,24 @@ def test_an_added_expert_changes_no_logit_and_is_trained_alone(four_experts, cor
     assert np.isneginf(risen_LE[0, 4]) and risen_LE[1, 4] == bias_LE[1, 2]
 
 
+def test_an_expansion_of_experts_in_groups_starts_from_weights_and_changes_no_logit(corpus, tmp_path):
+    """Experts of a group stay together: the old ones lie elsewhere among more."""
+    old, config = added_config(corpus).model, expansion_config(corpus)
+    old.moe = mixture(4)
+    config.model = dataclasses.replace(old, moe=mixture(8))
+    variables = random_variables(old)
+    save_hf(tmp_path / "hf", old, variables)
+    trainer, state, _ = started(tmp_path / "hf", config.validate())
+    batch, run = random_batch(config), forward(config.model)
+    expected = forward(old)(variables, batch["tokens"]).logits_BTV
+    before = jax.device_get(state)
+    planned = growth.stages(config.train.growth, config.model.moe)
+    grown = jax.device_get(_grow(trainer, state, 3, planned)[0])
+    for at, active in ((before, [0, 1, 4, 5]), (grown, range(8))):
+        assert np.flatnonzero(np.isfinite(leaf(at.selection_bias, *MOE, "bias")[0])).tolist() == list(active)
+        assert_close(run(at.variables(), batch["tokens"]).logits_BTV, expected, 1e-6, "logits")
+
+
 def test_sources_that_do_not_fit_growth_are_refused(four_experts, corpus, shared, tmp_path):
     directory, _ = four_experts
 
@@ -358,6 +397,9 @@ def test_inactive_experts_are_not_copied(four_experts, corpus, tmp_path):
         (c.Expansion(4, (5,)), {"dispatch": c.CapacityDispatch()}, "needs model.moe.dispatch=grouped or dense"),
         (c.Expansion(4, (5,)), {"router": c.Softmax()}, "needs model.moe.router=grouped_sigmoid, given softmax"),
         (c.Expansion(4, (5,)), {"expert": c.FeedForward((8, 16))}, "needs experts of one width"),
+        (c.Expansion(4, (5,)), {"router": WITH_Z}, "z_weight=0.1: must be 0 with train.growth=expansion: the z loss"),
+        (c.Expansion(4, (16,), 5), {}, "ramp_steps=5: the last new expert is in full use at step 21, after .*=20"),
+        (c.AddedExpert(ramp_steps=21), {"router": ONE_GROUP}, "ramp_steps=21: .* at step 21, after .*total_steps=20"),
         (c.AddedExpert(), {}, "num_groups=2: must be 1 with train.growth=added_expert"),
         (c.AddedExpert(layer=1), {"router": ONE_GROUP}, "growth.layer=1: must be between 0 and 0"),
         (c.AddedExpert(parent=7), {"router": ONE_GROUP}, "growth.parent=7: must be between 0 and 6"),
@@ -414,6 +456,10 @@ def test_upcycled_weights_compute_what_the_dense_ones_do(num_dense_layers, llama
     ("changes", "match"),
     [
         ({"expert_dim": 32}, "config.model.moe.expert_dim=32: must be 40 to start from --init_from=.*, of whose MLPs"),
+        (
+            {"dispatch": c.CapacityDispatch()},
+            "dispatch.kind='capacity': drops tokens; must be grouped or dense to start",
+        ),
         ({"num_shared_experts": 1}, "config.model.moe.num_shared_experts=1: must be 0 to start"),
         ({"router": {"route_scale": 2.5}}, "config.model.moe.router.route_scale=2.5: must be 1 to start"),
         ({"router": {"normalize_weights": False}}, "config.model.moe.router.normalize_weights=False: must be True"),
@@ -428,6 +474,20 @@ def test_experts_that_could_not_compute_what_an_mlp_does_are_refused(changes, ma
     directory, dense, _ = llama
     with pytest.raises(c.ConfigError, match=match):
         fit_experts(open_source(str(directory)), upcycled_config(dense, **changes), {}, {})
+
+
+def test_prediction_modules_of_a_dense_source_are_left_out(llama):
+    """Theirs have an MLP, the run's have experts: no half of one is taken."""
+    directory, dense, _ = llama
+    config, theirs = upcycled_config(dense), dataclasses.replace(dense, mtp=c.MultiToken(1))
+    config.model.mtp = c.MultiToken(1)
+    leaves = flat(Trainer(c.Config(theirs), make_mesh(c.MeshConfig())).abstract_state().variables())
+    wanted = flat(Trainer(config, make_mesh(config.mesh)).abstract_state().variables())
+    assert {path for path in leaves.keys() & wanted.keys() if path.startswith("params/mtp/")}
+    source = open_source(str(directory))._replace(model=theirs, leaves=leaves)
+    source = check_fit(fit_experts(source, config, {}, {}), config.model, wanted)
+    assert not any(path.startswith("params/mtp/") for path in source.leaves)
+    assert source.notes[0] == "its multi-token-prediction layers are left out"
 
 
 def test_a_gguf_file_is_a_source(tmp_path):
