@@ -5,10 +5,10 @@ Leviathan et al. 2023 (arXiv:2211.17192), Chen et al. 2023 (arXiv:2302.01318); m
 
 One round, for n modules. The cache of the model holds L tokens of a row; the token at position L is known as well, and
 not in the cache yet. Module k = 1 … n, from 1, joins the hidden state at position i with the token at i + k, so that at
-position L − 1 it drafts the token at L + k. What it made of a position before L − n + 1 + (tokens accepted in the last
-round) rests on certain tokens alone and stays in its cache; the rest, at most 2n positions, it runs again in each round
-(for one module: the tokens accepted in the last round, and nothing twice). Then the model runs on the token at L and
-the n drafts, accepts some of them and gives one token more, and its cache forgets the rejected ones.
+position L − 1 it drafts the token at L + k. What the modules make of positions before L − n rests on certain tokens
+alone and stays in their caches. A round runs them on the last n positions, or on n + 1 if the round before accepted all
+drafts: that far they had not run (one module runs on each position once). Then the model runs on the token at L and the
+n drafts, accepts some of them and gives one token more, and its cache forgets the rejected ones.
 """
 
 from collections.abc import Iterator
@@ -104,6 +104,8 @@ class Counts:
         return self.tokens / self.rounds if self.rounds else float("nan")
 
     def __str__(self) -> str:
+        if not self.drafted:
+            return "no drafts were needed"
         return (
             f"{self.accepted} of {self.drafted} drafts accepted ({self.acceptance_rate:.1%}), "
             f"{self.tokens_a_round:.2f} tokens a round"
@@ -218,10 +220,10 @@ class SpeculativeGenerator(Generator):
         text_BX = jnp.zeros((B, cache_length + n), jnp.int32).at[:, :T].set(tokens_BT)
         text_BX = text_BX.at[jnp.arange(B), lengths_B].set(state.token_B)
         first_B = jnp.maximum(lengths_B - n, 0)
-        window_BW = first_B[:, None] + jnp.arange(2 * n)
+        window_BW = first_B[:, None] + jnp.arange(n + 1)
         modules, x_BTD = [], hidden_BTD
         for index in range(n):
-            empty = make_prediction_cache(self.config, index, B, cache_length, step=2 * n)
+            empty = make_prediction_cache(self.config, index, B, cache_length, step=n + 1)
             ahead_BT = text_BX[:, index + 1 : index + 1 + T]
             x_BTD, _, module = self._predict(variables, index, x_BTD, ahead_BT, empty, first_B, limits)
             modules.append(module)
@@ -287,9 +289,9 @@ class SpeculativeGenerator(Generator):
         )
 
         # Positions before the new L are in the old hidden states or, from the old L on, in those of this round.
-        first_B = jnp.maximum(length_B - n + 1, 0)
-        position_BW = first_B[:, None] + jnp.arange(2 * n)
-        old_BW, new_BW = position_BW - state.first_B[:, None], 2 * n + position_BW - length_B[:, None]
+        first_B = jnp.minimum(length_B, jnp.maximum(length_B + added_B - n, 0))
+        position_BW = first_B[:, None] + jnp.arange(n + 1)
+        old_BW, new_BW = position_BW - state.first_B[:, None], n + 1 + position_BW - length_B[:, None]
         both_BXD = jnp.concatenate([state.hidden_BWD, hidden_BMD], axis=1)
         hidden_BWD = _at(both_BXD, jnp.where(position_BW < length_B[:, None], old_BW, new_BW))
         done_B = state.done_B | jnp.any(is_stop_BM, axis=1) | (made_B >= limits.budget_B)
@@ -303,7 +305,7 @@ class SpeculativeGenerator(Generator):
         caches."""
         B, n, length_B, first_B = len(state.done_B), self._depth, state.cache.length_B, state.first_B
         text_BX, x_BWD, head_DV = state.text_BX, state.hidden_BWD, head_weight(self.config, variables["params"])
-        window_BW, count_B = first_B[:, None] + jnp.arange(2 * n), length_B - first_B
+        window_BW, count_B = first_B[:, None] + jnp.arange(n + 1), length_B - first_B
         drafts, qs, modules = [], [], []
         for index in range(n):
             ahead_BW, cache = _at(text_BX, window_BW + index + 1), state.modules[index].rollback(first_B)
