@@ -75,7 +75,8 @@ def main() -> None:
     print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s, compilation included", file=sys.stderr)
     if isinstance(generator, SpeculativeGenerator):
         print(generator.counts, file=sys.stderr)
-        plain = Generator(source.config, source.variables, source.max_length)
+    if isinstance(generator, SpeculativeGenerator) and generator.counts.drafted:
+        plain = Generator(source.config, generator.variables, source.max_length)
         complete(plain, tokenizer, prompts, **options)  # compiles, as the text that was shown did
         drafted, undrafted = (tokens_per_second(each, tokenizer, prompts, **options) for each in (generator, plain))
         print(

@@ -113,6 +113,11 @@ class Generator:
         self._jit_prefill = jax.jit(self._prefill, static_argnames="cache_length")
         self._jit_decode = jax.jit(self._decode, donate_argnames="state")
 
+    @property
+    def variables(self) -> Any:
+        """The weights on the device. A generator of the same model that is given them makes no copy."""
+        return self._variables
+
     def _used(self, config: ModelConfig) -> ModelConfig:
         """What of the model this generator runs."""
         return dataclasses.replace(config, mtp=None)

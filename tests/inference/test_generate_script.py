@@ -17,7 +17,7 @@ from dsv3_jax.training.loop import train
 from tests.conftest import make_text, tiny_config
 from tests.experiments.test_scripts import script
 from tests.interop import gguf_files
-from tests.interop.tiny import models, random_variables
+from tests.interop.tiny import models, random_variables, with_mtp
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,20 @@ def test_a_draft_changes_no_text_and_says_what_it_gains(run):
     gain = r"compilation excluded: (.*) tokens/s with the draft, (.*) without: (.*) times as fast"
     speeds = [float(x) for x in re.search(gain, drafted.stderr).groups()]
     assert speeds[2] == pytest.approx(speeds[0] / speeds[1], abs=0.02)
+
+
+def test_no_gain_is_told_where_no_draft_was_needed(tmp_path):
+    """The first token is a stop id."""
+    config = with_mtp(models()["deepseek_v3"])
+    variables = random_variables(config)
+    variables["params"]["head"][:] = 0  # so that all tokens are equal, and the first one is chosen
+    save_hf(tmp_path, config, variables)
+    train_bpe(["a"], 60).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    result = script("generate", f"--hf={tmp_path}", "--prompt=a", "--draft=mtp")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "\n" and "0 tokens in" in result.stderr
+    assert "no drafts were needed" in result.stderr and "again" not in result.stderr
 
 
 def test_a_model_that_cannot_draft_is_refused(gguf_path):

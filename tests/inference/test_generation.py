@@ -189,7 +189,16 @@ def test_only_what_the_model_reads_is_put_on_the_device():
     assert compute_weights(GROUPED, more)["params"].keys() == variables["params"].keys()
     predicting = dataclasses.replace(GROUPED, mtp=c.MultiToken(depth=1))
     assert "mtp" in compute_weights(predicting, more)["params"]
-    assert "mtp" not in Generator(predicting, more)._variables["params"]
+    assert "mtp" not in Generator(predicting, more).variables["params"]
+
+
+@pytest.mark.quick
+def test_generators_of_one_model_share_its_weights():
+    config = dataclasses.replace(LATENT, compute_dtype="bfloat16")
+    first = Generator(config, weights(config))
+    second = Generator(config, first.variables)
+    pairs = list(zip(jax.tree.leaves(first.variables), jax.tree.leaves(second.variables), strict=True))
+    assert pairs and all(a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in pairs)
 
 
 def test_routers_are_told_of_the_task():
