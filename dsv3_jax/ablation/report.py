@@ -103,7 +103,7 @@ def markdown(ablation: Ablation, rows: list[Row], command: str) -> str:
         f"comparisons; here are {len(rows) - 1}.",
         "- MFLOP/token: of a training step; analytic, and counted in XLA's program with loops multiplied by their "
         "trips (it includes masked parts of blocks and recomputation). Tokens/s: median, from a pass that runs alone, "
-        "rows in alternation.",
+        "rows in alternation, all experts in use.",
         f"- {environment_line()}",
         f"- Again: `{command}`",
         "",

@@ -9,11 +9,13 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.analysis.routing import RoutingMeter, RoutingRecord, routed_layers
 from dsv3_jax.config import Ablation, Config, ConfigError, load, to_json
 from dsv3_jax.data.pipeline import Dataset, load_dataset
+from dsv3_jax.ops.routing import active_experts
 from dsv3_jax.planning.flops import count_parameters, training_flops
 from dsv3_jax.planning.hlo import count_flops
 from dsv3_jax.sharding import make_mesh
@@ -36,6 +38,7 @@ class Row:
     bits_per_byte: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # by domain
     curves: list[list[tuple[float, float]]] = dataclasses.field(default_factory=list)  # (tokens seen, training loss)
     active_units: list[float] = dataclasses.field(default_factory=list)  # share at the end, of unit gates
+    steps: list[int] = dataclasses.field(default_factory=list)  # that are logged
     bias_paths: list[list[list[float]]] = dataclasses.field(default_factory=list)  # spread of biases: [layer][line]
     routing: list[RoutingRecord] = dataclasses.field(default_factory=list)  # empty: no routed layer
     parameters: int = 0
@@ -108,27 +111,37 @@ def run_ablation(ablation: Ablation, workdir: str | pathlib.Path) -> list[Row]:
 
 
 def _train_row(row: Row, config: Config, routing: bool, workdir: pathlib.Path, shared: _Shared) -> Row:
-    for seed in row.seeds:
-        folder = workdir / "runs" / re.sub(r"[^\w.+-]+", "_", row.name) / f"seed{seed}"
-        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-        print(f"--- {row.name}, seed {seed}: {folder}", flush=True)
-        try:
-            seeded.validate()
-            if not (config.train.eval_every and config.train.log_every):
-                raise ConfigError("config.train.eval_every=0: an ablation needs the held-out loss at the end")
-            _check_budget(seeded, folder)
-            result = train(seeded, folder, trainer=shared.trainer(config), dataset=shared.dataset(config))
-        except Exception as error:  # whatever it is, the other rows go on and the table says so
-            row.error = f"seed {seed}: {type(error).__name__}: {error}".splitlines()[0]
-            print(f"failed: {row.error}", flush=True)
-            return row
-        if not result.finished:
-            raise Interrupted(f"stopped in {folder}; the same command goes on there")
-        _read_run(row, folder)
-        if routing and routed_layers(config.model):
-            row.routing.append(_routing(seeded, folder, result.state, shared))
-    _static_costs(row, config, shared.trainer(config))
+    at = ""
+    try:
+        for seed in row.seeds:
+            at = f"seed {seed}"
+            folder = workdir / "runs" / re.sub(r"[^\w.+-]+", "_", row.name) / f"seed{seed}"
+            print(f"--- {row.name}, {at}: {folder}", flush=True)
+            seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+            state = _finish_run(seeded, folder, shared)
+            _read_run(row, folder)
+            if routing and routed_layers(config.model):
+                row.routing.append(_routing(seeded, folder, state, shared))
+        at = "costs"
+        _static_costs(row, config, shared.trainer(config))
+    except Interrupted:
+        raise
+    except Exception as error:  # whatever it is, the other rows go on and the table says so
+        row.error = f"{at}: {type(error).__name__}: {error}".splitlines()[0]
+        print(f"failed: {row.error}", flush=True)
     return row
+
+
+def _finish_run(config: Config, folder: pathlib.Path, shared: _Shared) -> TrainState:
+    """The last state of the run in a folder, which is started or goes on where it is not finished."""
+    config.validate()
+    if not (config.train.eval_every and config.train.log_every):
+        raise ConfigError("config.train.eval_every=0: an ablation needs the held-out loss at the end")
+    _check_budget(config, folder)
+    result = train(config, folder, trainer=shared.trainer(config), dataset=shared.dataset(config))
+    if not result.finished:
+        raise Interrupted(f"stopped in {folder}; the same command goes on there")
+    return result.state
 
 
 def _check_budget(config: Config, folder: pathlib.Path) -> None:
@@ -162,6 +175,8 @@ def _read_run(row: Row, folder: pathlib.Path) -> None:
     if "activation/active_share" in lines[-1]:
         row.active_units.append(float(np.mean([line["activation/active_share"] for line in lines[-10:]])))
     names = [name for name in lines[-1] if name.startswith("router/bias_std/")]
+    names.sort(key=lambda name: (name.split("/")[2], int(name.split("/")[3])))  # by group, and by layer as a number
+    row.steps = [line["step"] for line in lines]
     row.bias_paths.append([[line[name] for line in lines] for name in names])
 
 
@@ -176,6 +191,12 @@ def _static_costs(row: Row, config: Config, trainer: Trainer) -> None:
         row.peak_bytes = memory.temp_size_in_bytes + live
 
 
+def _all_active(state: TrainState) -> TrainState:
+    """With every expert in use, as at the end of a run whose experts come later."""
+    biases = jax.tree.map(lambda x: jnp.where(active_experts(x), x, 0), state.selection_bias)
+    return dataclasses.replace(state, selection_bias=biases)
+
+
 def _time_rows(rows: list[Row], ablation: Ablation, shared: _Shared) -> None:
     """Tokens per second of each row's step on real batches, rows in alternation, nothing else running."""
     print("--- timing", flush=True)
@@ -184,7 +205,8 @@ def _time_rows(rows: list[Row], ablation: Ablation, shared: _Shared) -> None:
         if not row.error:
             config = ablation.rows[row.config_name()]
             trainer = shared.trainer(config)
-            running[row.name] = (trainer, trainer.init(0), shared.dataset(config).iterator(config.train.batch_size))
+            state = _all_active(trainer.init(0))
+            running[row.name] = (trainer, state, shared.dataset(config).iterator(config.train.batch_size))
     seconds: dict[str, list[float]] = {name: [] for name in running}
     tokens: dict[str, list[int]] = {name: [] for name in running}
     for round_index in range(ablation.timing_steps + 1):
@@ -207,6 +229,6 @@ def write_rows(rows: list[Row], path: pathlib.Path) -> None:
     """`rows.jsonl`: one object a row, without curves and routing (each run's folder has them)."""
     lines = []
     for row in rows:
-        record = {k: v for k, v in vars(row).items() if k not in ("curves", "bias_paths", "routing")}
+        record = {k: v for k, v in vars(row).items() if k not in ("curves", "steps", "bias_paths", "routing")}
         lines.append(json.dumps(record) + "\n")
     path.write_text("".join(lines))

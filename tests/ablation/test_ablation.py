@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from dsv3_jax import config as c
+from dsv3_jax.ablation import runner
 from dsv3_jax.ablation.report import markdown, smallest_effect, verdict, write_report
 from dsv3_jax.ablation.runner import Row, run_ablation
 from dsv3_jax.analysis.routing import RoutingMeter, RoutingRecord, entropy_share, max_over_mean
+from dsv3_jax.training.step import TrainState
 from tests.conftest import tiny_config
 
 
@@ -70,6 +72,38 @@ def test_every_run_leaves_its_routing_and_the_report_sums_it_up(table):
     assert cells[5:] == ["2.00", "0.00%"]
     assert (workdir / "patterns_routing.png").read_bytes().startswith(b"\x89PNG")
     assert text.endswith("## Claims\n\n- Nothing held.\n")
+
+
+def test_what_fails_after_training_costs_its_own_row_only(table, corpus, monkeypatch):
+    """Reading a run, measuring it, and counting its costs."""
+
+    def fail(*_):
+        raise ValueError("no more")
+
+    (workdir, _, _), config, shared = table, ablation(corpus).rows["full"], runner._Shared()
+    for name, said in (("_read_run", "seed 0"), ("_routing", "seed 0"), ("_static_costs", "costs")):
+        monkeypatch.setattr(runner, name, fail)
+        row = runner._train_row(Row("full", [0]), config, True, workdir, shared)
+        monkeypatch.undo()
+        assert row.error == f"{said}: ValueError: no more"
+
+
+def test_layers_of_a_run_come_in_the_order_of_their_numbers(tmp_path):
+    names = [f"router/bias_std/{layer}" for layer in ("moe_layers/0", "moe_layers/10", "moe_layers/2", "mtp/0")]
+    lines = [
+        {"step": step, "tokens_seen": 8.0, "loss/lm": 1.0} | {n: i for i, n in enumerate(names)} for step in (5, 10)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = Row("x", [0])
+    runner._read_run(row, tmp_path)
+    assert row.bias_paths == [[[0, 0], [2, 2], [1, 1], [3, 3]]] and row.steps == [5, 10]
+
+
+def test_a_row_that_grows_is_timed_with_all_experts():
+    biases = {"moe_layers": {"moe": {"bias": np.asarray([[0.5, -0.25, -np.inf, -np.inf]]), "mass": np.asarray([0.3])}}}
+    state = TrainState(step=0, seed=0, params={}, selection_bias=biases, opt_state=())
+    timed = runner._all_active(state).selection_bias["moe_layers"]["moe"]
+    assert timed["bias"].tolist() == [[0.5, -0.25, 0, 0]] and float(timed["mass"][0]) == pytest.approx(0.3)
 
 
 def test_a_row_of_its_own_length_is_named_and_its_flops_are_its_own(table):
