@@ -17,13 +17,13 @@ def _cells(row: Row) -> dict[str, str]:
 
     cells = {"row": row.name}
     if row.routing:
-        cells["entropy"] = f"{mean(lambda r: entropy_share(r.load_CLE.sum(axis=0))):.3f}"
+        cells["entropy"] = f"{mean(lambda r: entropy_share(r.load_CLE.sum(axis=0), r.active_LE)):.3f}"
         for index, domain in enumerate(row.routing[0].domains):
-            cells[f"entropy, {domain}"] = f"{mean(lambda r, i=index: entropy_share(r.load_CLE[i])):.3f}"
+            cells[f"entropy, {domain}"] = f"{mean(lambda r, i=index: entropy_share(r.load_CLE[i], r.active_LE)):.3f}"
         by_seed = [float(np.mean(specialisation(record.load_CLE))) for record in row.routing]
         spread = f" ± {np.std(by_seed, ddof=1):.3f}" if len(by_seed) > 1 else ""
         cells |= {
-            "max/mean": f"{mean(lambda r: max_over_mean(r.load_CLE.sum(axis=0))):.2f}",
+            "max/mean": f"{mean(lambda r: max_over_mean(r.load_CLE.sum(axis=0), r.active_LE)):.2f}",
             "specialisation": f"{np.mean(by_seed):.3f}{spread}",
             "mean k": f"{mean(RoutingRecord.mean_k):.2f}",
             "dropped": f"{mean(RoutingRecord.dropped):.2%}",
@@ -46,7 +46,7 @@ def markdown(rows: list[Row], picture: str) -> str:
         "- Of the trained models on held-out rows of each domain, means over layers and seeds; without noise or "
         "dropout.",
         "- Entropy: of the load over experts, over log E (1: balance). Max/mean: the largest load over the mean load. "
-        "Both of the loads summed over domains, before any drop.",
+        "Both of the loads summed over domains, before any drop; E and the mean are those of active experts.",
         "- Specialisation: Jensen-Shannon divergence of the domains' loads over the log of their number (0: domains use"
         " experts alike; 1: no expert in common), ± standard deviation over seeds.",
         "- Mean k: experts a token uses. Dropped: of all assignments.",
@@ -78,7 +78,7 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
     ):
         for index, row in enumerate(routed):
             record = row.routing[0]
-            values_CL = np.mean([measure(r.load_CLE) for r in row.routing], axis=0)
+            values_CL = np.mean([measure(r.load_CLE, r.active_LE) for r in row.routing], axis=0)
             for c, domain in enumerate(record.domains):
                 for i, layer in enumerate(record.layers):
                     label = f"{domain}, {layer}"
@@ -95,9 +95,9 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
     for index, row in enumerate(moved):
         paths_LN = np.mean(row.bias_paths, axis=0)
         for i, path_N in enumerate(paths_LN):
-            steps, style = np.arange(1, len(path_N) + 1), styles[i % len(styles)]
+            style = styles[i % len(styles)]
             label = row.name if i == 0 else None
-            right.plot(steps, path_N, style, color=colours[index % len(colours)], label=label, linewidth=1)
+            right.plot(row.steps, path_N, style, color=colours[index % len(colours)], label=label, linewidth=1)
     right.set(title="selection biases (dashed: later layers)", xlabel="step", ylabel="standard deviation")
     if moved:
         right.set_yscale("log")

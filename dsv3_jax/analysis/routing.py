@@ -1,6 +1,7 @@
 """Router statistics: how many tokens each expert of each layer gets, by domain. C domains, L layers, E experts."""
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -25,14 +26,22 @@ def expert_counts(routing: Routing) -> np.ndarray:
     return np.stack([count[:num_experts] for count in counts])  # one more is no expert
 
 
-def entropy_share(load_E: np.ndarray) -> np.ndarray:
-    """Entropy of loads over log E, over the last axis: 1 is perfect balance, 0 one expert for all."""
-    return _entropy(_share(load_E)) / np.log(load_E.shape[-1])
+def entropy_share(load_E: np.ndarray, active_E: np.ndarray | bool = True) -> np.ndarray:
+    """Entropy of loads over that of balance, over the last axis: 1 is perfect balance, 0 one expert for all.
+
+    Balance is among the experts that are active, log of their number; of a single one it is perfect.
+    """
+    balance = np.log(_count(load_E, active_E))
+    return np.where(balance > 0, _entropy(_share(load_E)) / np.where(balance > 0, balance, 1), 1.0)
 
 
-def max_over_mean(load_E: np.ndarray) -> np.ndarray:
-    """The largest load over the mean load, over the last axis: from 1 to E."""
-    return np.max(load_E, axis=-1) / np.maximum(np.mean(load_E, axis=-1), 1e-9)
+def max_over_mean(load_E: np.ndarray, active_E: np.ndarray | bool = True) -> np.ndarray:
+    """The largest load over the mean load of the active experts, over the last axis: from 1 to their number."""
+    return np.max(load_E, axis=-1) * _count(load_E, active_E) / np.maximum(np.sum(load_E, axis=-1), 1e-9)
+
+
+def _count(load_E: np.ndarray, active_E: np.ndarray | bool) -> np.ndarray:
+    return np.sum(np.broadcast_to(active_E, np.shape(load_E)), axis=-1)
 
 
 def specialisation(load_CLE: np.ndarray) -> np.ndarray:
@@ -75,6 +84,11 @@ class RoutingRecord:
     dropped_C: np.ndarray
     bias_LE: np.ndarray
     agreement_k: np.ndarray
+
+    @property
+    def active_LE(self) -> np.ndarray:
+        """Which experts can be chosen, bool."""
+        return self.bias_LE > -np.inf
 
     def mean_k(self) -> float:
         """Experts a token uses, over domains and layers."""
@@ -151,9 +165,11 @@ class RoutingMeter:
         if output.prediction is not None:
             head_DV, prediction = head_weight(config.model, variables["params"]), output.prediction
             real_kBT = prediction.segment_ids_kBT > 0
-            best_BT = jnp.argmax(output.hidden_BTD @ head_DV, axis=-1)
+            # As the model computes them: logits in bfloat16 have many ties.
+            logits = functools.partial(jnp.einsum, "BTD,DV->BTV", preferred_element_type=jnp.float32)
+            best_BT = jnp.argmax(logits(output.hidden_BTD, head_DV), axis=-1)
             for index, hidden_BTD in enumerate(prediction.hidden_kBTD):
-                same_BT = jnp.argmax(hidden_BTD @ head_DV, axis=-1) == shift(best_BT, index + 1)
+                same_BT = jnp.argmax(logits(hidden_BTD, head_DV), axis=-1) == shift(best_BT, index + 1)
                 agreed.append(jnp.sum(same_BT & real_kBT[index]))
                 drafted.append(jnp.sum(real_kBT[index]))
             if prediction.routing is not None:

@@ -24,6 +24,14 @@ def test_entropy_and_largest_load_by_hand():
 
 
 @pytest.mark.quick
+def test_balance_is_that_of_active_experts():
+    load, active = np.asarray([[3, 3, 0, 0], [3, 3, 0, 0], [7, 0, 0, 0]]), np.tri(4, dtype=bool)[[1, 2, 0]]
+    np.testing.assert_allclose(entropy_share(load, active), [1, np.log(2) / np.log(3), 1], atol=1e-12)
+    np.testing.assert_allclose(max_over_mean(load, active), [1, 1.5, 1])
+    assert entropy_share(np.asarray([5])) == 1 and entropy_share(np.asarray([[4, 0], [2, 2]])).tolist() == [0, 1]
+
+
+@pytest.mark.quick
 def test_specialisation_by_hand():
     same, apart, half = [[3, 1], [30, 10]], [[4, 0], [0, 9]], [[2, 2], [4, 0]]
     load_CLE = np.moveaxis(np.asarray([same, apart, half]), 0, 1)
