@@ -25,7 +25,7 @@ from dsv3_jax.training.conversion import gguf_file_tokenizer, published_tokenize
 from dsv3_jax.training.growth import Stage, is_done, stages
 from dsv3_jax.training.sources import Source, check_fit, open_source, take
 from dsv3_jax.training.step import Trainer, TrainState, active_counts
-from dsv3_jax.training.terms import term_weights
+from dsv3_jax.training.terms import MAY_BE_ZERO, term_weights
 from dsv3_jax.training.upcycling import fit_experts
 
 
@@ -158,14 +158,18 @@ def claim_workdir(config: Config, workdir: pathlib.Path, dataset: Dataset) -> No
 
 
 def check_terms(step: int, metrics: dict[str, float], weights: dict[str, float]) -> None:
-    """Raises `TrainingError` for a loss that is not finite, or a term that is on and exactly zero."""
+    """Raises `TrainingError` for a loss that is not finite, or a term that is on and exactly zero.
+
+    A term may be zero if it says so (`MAY_BE_ZERO`), or if `metrics` say that the batch has no token for it.
+    """
     for name, value in metrics.items():
         if (name.startswith("loss") or name == "grad_norm") and not math.isfinite(value):
             raise TrainingError(
                 f"step {step}: {name} is {value}; lower train.optimizer.learning_rate, or look at the data"
             )
     for name, weight in weights.items():
-        if weight and metrics[f"loss/{name}"] == 0:
+        empty = name in MAY_BE_ZERO or metrics.get(f"tokens/{name}") == 0
+        if weight and metrics[f"loss/{name}"] == 0 and not empty:
             raise TrainingError(f"step {step}: loss/{name} is on (weight {weight}) and exactly zero: it trains nothing")
 
 

@@ -107,7 +107,7 @@ class Trainer:
             out_shardings=(self.state_shardings, replicated),
             donate_argnums=0,
         )
-
+        self._jit_gradients = jax.jit(self._gradients)
         self._jit_grow = jax.jit(self._grow, out_shardings=self.state_shardings, donate_argnums=0)
 
     def init(self, seed: int) -> TrainState:
@@ -139,7 +139,7 @@ class Trainer:
     def gradients(self, state: TrainState, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         """Gradients of the total loss and the loss terms, without an update: for tests and analysis."""
         with jax.set_mesh(self.mesh):
-            gradients, terms, sums, _ = jax.jit(self._gradients)(
+            gradients, terms, sums, _ = self._jit_gradients(
                 state.params, state.selection_bias, batch, state.step, state.seed
             )
         return gradients, {name: sums[name] / term.count for name, term in terms.items()}
@@ -305,7 +305,8 @@ class Trainer:
             load = loads[path[0].key]
             if path[-1].key == "mass":
                 assert isinstance(router, ProbabilityMass)
-                return update_mass(x, jnp.sum(load.load_LE, axis=-1) / jnp.maximum(load.tokens_L, 1), router)
+                mean_k_L = jnp.sum(load.load_LE, axis=-1) / jnp.maximum(load.tokens_L, 1)
+                return jnp.where(load.tokens_L > 0, update_mass(x, mean_k_L, router), x)
             return growth.update_bias(self.config.train.growth, moe, x, load.load_LE, step)
 
         return jax.tree_util.tree_map_with_path(update, selection_bias)
@@ -313,8 +314,13 @@ class Trainer:
     def _statistics(
         self, sums: dict[str, jax.Array], loads: dict[str, Load], batch: Batch, active: dict[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """What is logged of routers and gates; active: see `active_counts`."""
-        metrics: dict[str, jax.Array] = {}
+        """What is logged of routers, gates and multi-token prediction; active: see `active_counts`.
+
+        `router/entropy/X`, in nats, is of the load of domain X; where `router/tokens/X` is 0 it is 0 and says nothing.
+        `tokens/mtp_k` counts what module k predicts.
+        """
+        seen = layer_counts(self.config.model, batch["segment_ids"])
+        metrics = {f"tokens/mtp_{k}": count.tokens for k, (_, count) in enumerate(seen[1:], 1)}
         if loads:
             load_LE = jnp.concatenate([load.load_LE for load in loads.values()])
             tokens_L = jnp.concatenate([load.tokens_L for load in loads.values()])
@@ -328,8 +334,9 @@ class Trainer:
             for index, domain in enumerate(self.config.data.domains if by_domain else ()):
                 load_LE = jnp.concatenate(by_domain)[:, index]
                 metrics[f"router/entropy/{domain.name}"] = jnp.mean(load_entropy(load_LE))
+                ours_BT = (batch["domain"] == index) & (batch["segment_ids"] > 0)
+                metrics[f"router/tokens/{domain.name}"] = jnp.sum(ours_BT).astype(jnp.float32)
         if "active_units" in sums:
-            seen = layer_counts(self.config.model, batch["segment_ids"])
             tokens = sum(count.tokens * layers.gated for layers, count in seen)
             metrics["activation/active_share"] = sums["active_units"] / jnp.maximum(tokens, 1)
         return metrics

@@ -10,6 +10,9 @@ from dsv3_jax.layers.mtp import segments_ahead
 from dsv3_jax.models.stack import layer_pattern, prediction_group
 from dsv3_jax.ops.patterns import layer_patterns
 
+# Terms that may be exactly zero while they are on: the share of units that are on can be the target's.
+MAY_BE_ZERO = ("activation",)
+
 
 class Term(NamedTuple):
     """weight: in the total; a number, or an array if it depends on the step. count: of what `sums` were summed over."""

@@ -16,8 +16,9 @@ from dsv3_jax.models.transformer import Transformer, summed_loss
 from dsv3_jax.ops.dispatch import capacity_of
 from dsv3_jax.sharding import make_mesh
 from dsv3_jax.training.checkpoints import Checkpoints
+from dsv3_jax.training.loop import check_terms
 from dsv3_jax.training.step import Trainer
-from dsv3_jax.training.terms import loss_terms
+from dsv3_jax.training.terms import loss_terms, term_weights
 from tests.conftest import assert_close, random_batch, tiny_model
 
 RATE = 1 / 64  # exact in binary: so are its steps
@@ -239,6 +240,17 @@ def test_biases_move_by_the_rate_towards_balance_in_every_layer_and_the_mass_to_
             miss = router.target_k - load_E.sum() / tokens
             expected = before[f"{group}/mass"][0] + router.mass_update_rate * miss
             assert after[f"{group}/mass"][0] == pytest.approx(expected, rel=1e-6) and abs(miss) > 1e-3
+
+
+def test_documents_too_short_for_a_module_stop_nothing_and_move_nothing_of_it(case):
+    segments = np.broadcast_to(np.arange(1, T + 1, dtype=np.int32), (4, T))
+    state, metrics = case.step(case.state, case.batch | {"segment_ids": segments, "positions": np.zeros_like(segments)})
+    metrics = {name: float(value) for name, value in metrics.items()}
+    assert metrics["loss/mtp_1"] == metrics["tokens/mtp_1"] == 0
+    check_terms(1, metrics, term_weights(case.config, 0))
+    before, after = flat(case.state.selection_bias), flat(state.selection_bias)
+    for path in before:
+        assert np.array_equal(before[path], after[path]) == path.startswith("mtp/"), path
 
 
 def test_a_run_that_is_saved_and_restored_goes_on_bit_for_bit(case, stepped, tmp_path):

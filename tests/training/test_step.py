@@ -46,6 +46,22 @@ def test_microbatches_add_up_to_the_batch(plain, corpus, microbatches):
     assert_same_step(trainer_for(corpus, microbatches=microbatches), before, batch, after)
 
 
+@pytest.mark.slow
+def test_what_is_random_does_not_depend_on_microbatches(corpus):
+    """A row has its own keys: experts drop out and units are drawn alike in whichever micro-batch it is."""
+
+    def random_gradients(microbatches, *seeds):
+        config = tiny_config(corpus, batch_size=4, microbatches=microbatches)
+        config.model.moe.expert_dropout, config.model.unit_gate = 0.3, c.UnitGate(blocks=4, gate_dim=4)
+        trainer = Trainer(config.validate(), make_mesh(config.mesh))
+        state, batch = trainer.init(0), random_batch(config)
+        return [trainer.gradients(state.replace(seed=np.uint32(seed)), batch) for seed in seeds]
+
+    first, other = random_gradients(1, 0, 1)
+    assert_close(random_gradients(2, 0)[0], first, 2e-5)  # float32 sums in another order
+    assert abs(float(other[1]["lm"]) - float(first[1]["lm"])) > 1e-4
+
+
 def with_pattern(corpus, pattern, **train) -> Trainer:
     config = tiny_config(corpus, batch_size=8, **train)
     config.model.attention.pattern = pattern
@@ -185,6 +201,10 @@ def test_loss_falls_on_a_repeated_batch(plain):
 def test_a_term_that_is_on_and_zero_or_not_finite_stops_training():
     check_terms(3, {"loss": 1.0, "loss/lm": 1.0, "loss/balance": 1.0}, {"lm": 1.0, "balance": 0.1})
     check_terms(3, {"loss": 1.0, "loss/lm": 1.0, "loss/balance": 0.0}, {"lm": 1.0, "balance": 0.0})
+    check_terms(3, {"loss": 1.0, "loss/activation": 0.0}, {"activation": 1.0})  # exactly on target
+    check_terms(3, {"loss": 1.0, "loss/mtp_2": 0.0, "tokens/mtp_2": 0.0}, {"mtp_2": 0.1})  # no document is long enough
+    with pytest.raises(TrainingError, match="loss/mtp_2 is on"):
+        check_terms(3, {"loss": 1.0, "loss/mtp_2": 0.0, "tokens/mtp_2": 5.0}, {"mtp_2": 0.1})
     with pytest.raises(TrainingError, match="step 3: loss/balance is on .* exactly zero"):
         check_terms(3, {"loss": 1.0, "loss/lm": 1.0, "loss/balance": 0.0}, {"lm": 1.0, "balance": 0.1})
     with pytest.raises(TrainingError, match="step 3: grad_norm is nan"):
