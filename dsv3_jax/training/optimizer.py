@@ -9,6 +9,9 @@ import optax
 
 from dsv3_jax.config import AdamW, Cosine, Schedule, WarmupStableDecay
 
+# Matrices whose fan-in is a width of its own (of conditions, of the unit gate's hidden layer), not the model's.
+OWN_FAN_IN = ("w_condition", "w_gate_out")
+
 
 def make_schedule(schedule: Schedule, peak: float) -> optax.Schedule:
     """Learning rate by step. The first step has a positive rate already: step s of the warm-up (s + 1) / warm-up."""
@@ -40,15 +43,18 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clip by global norm, Adam, decoupled decay (not on norms and biases), rate by schedule and by width.
 
-    Matrices train at learning_rate · base_dim / dim, embeddings and norms at learning_rate (see `config.AdamW`). The
-    decay is decoupled from the width: a matrix decays by rate · weight_decay of the schedule, at every width. `keep`
-    zeroes the updates, decay included, of what is not trained.
+    Matrices train at learning_rate · base_dim / dim; embeddings, norms and `OWN_FAN_IN` at learning_rate (see
+    `config.AdamW`). The decay is decoupled from the width: a matrix decays by rate · weight_decay of the schedule, at
+    every width. `keep` zeroes the updates, decay included, of what is not trained.
     """
     width = config.base_dim / dim
 
+    def grows(path):
+        return is_matrix(path) and path[-1].key not in OWN_FAN_IN
+
     def scale_matrices(updates, params=None):
         del params
-        return jax.tree_util.tree_map_with_path(lambda path, u: u * width if is_matrix(path) else u, updates)
+        return jax.tree_util.tree_map_with_path(lambda path, u: u * width if grows(path) else u, updates)
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: not is_vector(path), params)

@@ -13,7 +13,14 @@ pytestmark = pytest.mark.quick
 PARAMS = {
     "embedding": jnp.ones((4, 3)),
     "head": jnp.ones((3, 4)),
-    "layers": {"norm": {"scale": jnp.ones((2, 3))}, "mlp": {"w_in": jnp.ones((2, 3, 2, 5))}},
+    "layers": {
+        "norm": {"scale": jnp.ones((2, 3))},
+        "mlp": {
+            "w_in": jnp.ones((2, 3, 2, 5)),
+            "gate": {"w_gate_in": jnp.ones((2, 3, 4)), "w_gate_out": jnp.ones((2, 4, 2))},
+        },
+        "moe": {"w_router": jnp.ones((2, 3, 6)), "w_condition": jnp.ones((2, 4, 6))},
+    },
 }
 
 
@@ -41,8 +48,11 @@ def test_the_first_adam_step_is_the_rate_and_matrices_scale_with_width():
         updates, _ = one_update(dim=dim, weight_decay=0.0)
         assert float(updates["embedding"][0, 0]) == pytest.approx(-0.1, rel=1e-3)
         assert float(updates["layers"]["norm"]["scale"][0, 0]) == pytest.approx(-0.1, rel=1e-3)
-        for update in (updates["head"], updates["layers"]["mlp"]["w_in"]):
+        mlp, moe = updates["layers"]["mlp"], updates["layers"]["moe"]
+        for update in (updates["head"], mlp["w_in"], mlp["gate"]["w_gate_in"], moe["w_router"]):
             np.testing.assert_allclose(update, -matrix, rtol=1e-3)
+        for update in (mlp["gate"]["w_gate_out"], moe["w_condition"]):  # what they read does not widen with the model
+            np.testing.assert_allclose(update, -0.1, rtol=1e-3)
 
 
 def test_decay_spares_norms():
