@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -12,6 +13,7 @@ from dsv3_jax.analysis.routing import RoutingMeter, RoutingRecord, entropy_share
 from dsv3_jax.data.pipeline import load_dataset
 from dsv3_jax.models.transformer import Transformer, head_weight
 from dsv3_jax.sharding import make_mesh
+from dsv3_jax.training.step import Trainer, batch_shapes
 from tests.conftest import tiny_config
 
 
@@ -96,3 +98,14 @@ def test_loads_and_agreement_are_those_counted_token_by_token(corpus):
     assert record.mean_k() == 2 and record.dropped() == 0
     np.testing.assert_allclose(specialisation(record.load_CLE), 0, atol=1e-12)
     np.testing.assert_array_equal(record.bias_LE, np.zeros((3, 8)))
+
+
+def test_guesses_of_a_model_in_bfloat16_are_of_float32_logits(corpus, monkeypatch):
+    """As the model's own are: rounded to bfloat16, many of the best would tie."""
+    config, seen, argmax = tiny_config(corpus), [], jnp.argmax
+    config.model.mtp, config.model.compute_dtype = c.MultiToken(), "bfloat16"
+    trainer = Trainer(config.validate(), make_mesh(config.mesh))
+    monkeypatch.setattr(jnp, "argmax", lambda x, **axis: seen.append((x.shape[-1], x.dtype)) or argmax(x, **axis))
+    meter = RoutingMeter(config, trainer.mesh)
+    jax.eval_shape(meter._count, trainer.state_shapes.variables(), batch_shapes(config))
+    assert [dtype for size, dtype in seen if size == config.model.vocab_size] == [jnp.float32] * 2

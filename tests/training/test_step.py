@@ -1,5 +1,7 @@
 """One step: loss terms and gradients do not depend on micro-batches or on the mesh, and every term moves something."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from dsv3_jax import config as c
 from dsv3_jax.sharding import make_mesh, partition_spec, shardings
 from dsv3_jax.training.loop import TrainingError, check_terms
-from dsv3_jax.training.step import Trainer, TrainState
+from dsv3_jax.training.step import Load, Trainer, TrainState
 from tests.conftest import assert_close, random_batch, tiny_config
 
 
@@ -44,6 +46,36 @@ def assert_same_step(trainer, before, batch, expected) -> TrainState:
 def test_microbatches_add_up_to_the_batch(plain, corpus, microbatches):
     _, batch, before, after = plain
     assert_same_step(trainer_for(corpus, microbatches=microbatches), before, batch, after)
+
+
+@pytest.mark.quick
+def test_modules_that_nothing_trains_are_refused(corpus):
+    config = tiny_config(corpus)
+    for mtp in (c.MultiToken(1, 0.0), c.MultiToken(1, 0.0, 0.1, 20), c.MultiToken(1, 0.0, 0.0, 5)):
+        config.model.mtp = mtp
+        with pytest.raises(c.ConfigError, match="mtp.weight=0.0: computes modules that nothing trains"):
+            config.validate()
+    for mtp in (c.MultiToken(1, 0.0, 0.1, 19), c.MultiToken(1, 0.1, 0.0, 5)):
+        config.model.mtp = mtp
+        config.validate()
+
+
+@pytest.mark.quick
+def test_the_log_tells_a_domain_without_tokens_from_one_whose_router_collapsed(corpus):
+    config = tiny_config(corpus)
+    config.model.moe.condition = c.Condition(("words",), 4)
+    domain = config.data.domains[0]
+    config.data.domains = (domain, dataclasses.replace(domain, name="other"))
+    trainer = Trainer(config.validate(), make_mesh(config.mesh))
+    load_CE = np.zeros((2, 8), np.float32)
+    load_CE[0, 3] = 6
+    loads = {"moe_layers": Load(load_CE.sum(axis=0)[None], np.full(1, 3.0), load_CE[None])}
+    segments = np.asarray([[1, 1, 1, 0]])
+    batch = {"segment_ids": segments, "domain": np.zeros_like(segments)}
+    metrics = trainer._statistics({"dropped": np.float32(0)}, loads, batch, {"moe_layers": np.full(1, 8)})
+    seen = {name: float(metrics[f"router/{name}"]) for name in ("entropy/words", "entropy/other")}
+    assert seen == {"entropy/words": 0, "entropy/other": 0}
+    assert metrics["router/tokens/words"] == 3 and metrics["router/tokens/other"] == 0
 
 
 @pytest.mark.slow
