@@ -233,5 +233,5 @@ def test_every_value_once(tmp_path: pathlib.Path):
         assert outcome["losses"][-1] < outcome["losses"][0]
         refused = {("dispatch", "capacity"), ("experts", "deep")} & set(outcome["cell"].items())
         assert bool(refused) == (outcome["decoded"] is None)
-        assert all(names_option(outcome["no_cache"], option) for option in list(refused)[:1])
+        assert not refused or any(names_option(outcome["no_cache"], option) for option in refused)
     assert "| axis | value |" in (tmp_path / "combinations.md").read_text()
