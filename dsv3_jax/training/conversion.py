@@ -17,6 +17,7 @@ from dsv3_jax.config import (
     TokenizerFile,
     TrainConfig,
     to_json,
+    validate_model,
 )
 from dsv3_jax.data.gguf_tokenizer import gguf_tokenizer
 from dsv3_jax.data.packages import gguf_path
@@ -67,7 +68,8 @@ def _config(model: ModelConfig, tokenizer: TokenizerFile) -> Config:
     """A run of this model, for the commands that work on a run: its text and training are the defaults."""
     length = min(SEQUENCE_LENGTH, model.context_length or SEQUENCE_LENGTH)
     data = DataConfig(tokenizer=tokenizer, sequence_length=length)
-    return Config(model=model, data=data, train=TrainConfig(optimizer=AdamW(base_dim=model.dim))).validate()
+    validate_model(model)  # what only training needs, `train` asks of a config
+    return Config(model=model, data=data, train=TrainConfig(optimizer=AdamW(base_dim=model.dim)))
 
 
 def from_hf(
