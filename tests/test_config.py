@@ -192,3 +192,33 @@ def test_differences_ignore_what_a_resumed_run_may_change(corpus):
 def test_a_missing_config_file_says_so():
     with pytest.raises(c.ConfigError, match="no such file"):
         c.load("configs/nothing.py")
+
+
+def test_parts_that_are_off_are_switched_on_by_their_kind():
+    config = c.Config()
+    for path, text in (
+        ("model.mtp", "multi_token"),
+        ("model.mtp.depth", "2"),
+        ("model.unit_gate", "unit_gate"),
+        ("model.moe.condition", "condition"),
+        ("train.growth", "expansion"),
+    ):
+        c.apply_override(config, path, text)
+    moe = config.model.moe
+    assert config.model.mtp == c.MultiToken(depth=2) and config.model.unit_gate == c.UnitGate()
+    assert moe is not None and moe.condition == c.Condition() and config.train.growth == c.Expansion()
+    assert c.from_json(c.to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("router", "says"),
+    [
+        (c.Softmax(top_k=1), "must be false with model.moe.router.top_k=1"),
+        (c.ProbabilityMass(mass_update_rate=0.0), "nothing else holds target_k"),
+        (c.ProbabilityMass(k_min=2, k_max=4, target_k=5.0), "must be between k_min=2 and k_max=4"),
+    ],
+)
+def test_routers_that_would_not_learn_are_refused(router, says):
+    config = c.Config(model=c.ModelConfig(moe=c.MixtureOfExperts(router=router)))
+    with pytest.raises(c.ConfigError, match=says):
+        config.validate()

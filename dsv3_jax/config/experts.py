@@ -87,6 +87,7 @@ class Condition:
 
     tasks: tuple[str, ...] = ()
     dim: int = 16
+    kind: ClassVar[str] = "condition"
 
 
 # Experts.

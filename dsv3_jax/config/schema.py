@@ -25,6 +25,7 @@ class UnitGate:
     target: float = 0.7
     budget_weight: float = 1.0
     temperature: float = 1.0
+    kind: ClassVar[str] = "unit_gate"
 
 
 @dataclass
@@ -37,6 +38,7 @@ class MultiToken:
     weight: float = 0.3
     late_weight: float = 0.1
     late_step: int | None = None
+    kind: ClassVar[str] = "multi_token"
 
 
 @dataclass
