@@ -23,7 +23,7 @@ def task(key, rows):
     return tokens.at[jnp.arange(rows), place].set(value).at[:, -1].set(QUERY), value
 
 
-def accuracy_after_training(pattern: c.Pattern, steps: int = 150) -> tuple[float, float]:
+def accuracy_after_training(pattern: c.Pattern, steps: int = 250) -> tuple[float, float]:
     """Share of right answers on fresh texts, and how far the gate's gradient was from zero at the start."""
     model = Transformer(
         c.ModelConfig(
