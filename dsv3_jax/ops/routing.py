@@ -145,12 +145,15 @@ def update_mass(mass: jax.Array, mean_k: jax.Array, router: ProbabilityMass) -> 
 
 
 def load_by_context(
-    experts_LBTK: jax.Array, context_BT: jax.Array, token_mask_BT: jax.Array, num_contexts: int, num_experts: int
+    experts_LBTK: jax.Array, context_BT: jax.Array, token_mask: jax.Array, num_contexts: int, num_experts: int
 ) -> jax.Array:
-    """Tokens of each context (a domain, a modality) that chose each expert of each layer, load_LCE, float32."""
+    """Tokens of each context (a domain, a modality) that chose each expert of each layer, load_LCE, float32.
+
+    token_mask: False on padding, [B, T], or [L, B, T] where layers count different tokens.
+    """
     L = len(experts_LBTK)
     layer_L111 = jnp.arange(L)[:, None, None, None]
-    context_BT1 = jnp.where(token_mask_BT, context_BT, num_contexts)[..., None]  # padding: out of bounds, dropped
+    context_BT1 = jnp.where(token_mask, context_BT, num_contexts)[..., None]  # padding: out of bounds, dropped
     load_LCE = jnp.zeros((L, num_contexts, num_experts), jnp.float32)
     return load_LCE.at[layer_L111, context_BT1, experts_LBTK].add(1.0, mode="drop")
 

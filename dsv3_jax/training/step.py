@@ -227,10 +227,7 @@ class Trainer:
         by_domain = None
         if moe is not None and moe.condition is not None:
             domains = len(self.config.data.domains)
-            count = lambda experts_BTK, real_BT: load_by_context(  # noqa: E731
-                experts_BTK[None], domain_BT, real_BT, domains, moe.num_experts
-            )[0]
-            by_domain = jax.vmap(count)(routing.experts_BTK, real_LBT)
+            by_domain = load_by_context(routing.experts_BTK, domain_BT, real_LBT, domains, moe.num_experts)
         return Load(routing.load_E, tokens_L, by_domain)
 
     def _gradients(self, params, selection_bias, batch: Batch, step, seed):

@@ -203,10 +203,10 @@ def test_load_by_context_counts_real_tokens_of_each_context():
     random = np.random.default_rng(0)
     L, contexts = 2, 3
     experts = random.integers(0, E + 1, (L, B, T, K))  # E: absent
-    context, mask = random.integers(0, contexts, (B, T)), random.random((B, T)) < 0.7
+    context, mask = random.integers(0, contexts, (B, T)), random.random((L, B, T)) < 0.7  # another in each layer
     expected = np.zeros((L, contexts, E))
     for layer, b, t, k in np.ndindex(L, B, T, K):
-        if mask[b, t] and experts[layer, b, t, k] < E:
+        if mask[layer, b, t] and experts[layer, b, t, k] < E:
             expected[layer, context[b, t], experts[layer, b, t, k]] += 1
     np.testing.assert_array_equal(load_by_context(experts, context, jnp.asarray(mask), contexts, E), expected)
 
