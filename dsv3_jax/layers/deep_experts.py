@@ -140,6 +140,7 @@ class _Layer(nn.Module):
 class DeepExperts(nn.Module):
     """Each expert is `expert.num_layers` pre-norm layers of its own: causal attention with RoPE among the tokens of a
     document that chose this expert, by their positions in the document, then a SwiGLU of `moe.expert_dim` units.
+    RoPE and the norms are as `config` has them; its pattern, soft-cap and sinks are those of the blocks alone.
 
     Args of a call: x_BTD; experts_BTK, int32, distinct for a token, `moe.num_experts` where absent. Returns y_BTKD:
     what the expert's layers add to x, without x itself, which the block adds once; zeros where absent and on padding.

@@ -107,24 +107,9 @@ class Transformer(nn.Module):
             sums = add_sums(sums, output.sums)
             caches += output.cache or ()
         hidden_BTD = RMSNorm(config.norm_epsilon, name="final_norm")(x_BTD)
-        if cache is not None and packing.cache_step is not None:  # a full cache has lost tokens: never a wrong result
-            full_B11 = (packing.cache_step.length_B > cache.max_length)[:, None, None]
-            hidden_BTD = jnp.where(full_B11, jnp.nan, hidden_BTD).astype(hidden_BTD.dtype)
-
-        if not config.tie_embeddings:
-            # std 1/D, not 1/sqrt(D): logits start small at every width (arXiv:2203.03466).
-            init = nn.initializers.normal(config.init_std or 1 / config.dim)
-            head_DV = parameter(self, "head", init, shape[::-1], logical[::-1])
-        else:
-            head_DV = embedding_VD.T
-        logits_BTV = None
-        if return_logits:
-            head_DV = head_DV.astype(config.compute_dtype)
-            logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
-            logits_BTV = constrain(logits_BTV, (axes.BATCH, axes.LENGTH, axes.VOCAB))
-        if cache is not None and packing.cache_step is not None:
-            length_B = packing.cache_step.length_B
-            cache = dataclasses.replace(cache, length_B=length_B, layers=caches, fresh=False)
+        if cache is not None:
+            hidden_BTD, cache = _after_step(cache, packing, hidden_BTD, caches)
+        logits_BTV = self._logits(embedding_VD, hidden_BTD, return_logits)
         prediction, group = None, prediction_group(config)
         if group is not None and self.is_initializing():
             self._initialise(PredictionModule, group, hidden_BTD, hidden_BTD, packing)
@@ -179,16 +164,26 @@ class Transformer(nn.Module):
             packing,
             None if cache is None else cache.layers[0],
         )
-        if cache is not None and packing.cache_step is not None:
-            length_B = packing.cache_step.length_B
-            full_B11 = (length_B > cache.max_length)[:, None, None]
-            normed_BTD = jnp.where(full_B11, jnp.nan, normed_BTD).astype(normed_BTD.dtype)
-            cache = dataclasses.replace(cache, length_B=length_B, layers=(output.cache,), fresh=False)
+        if cache is not None:
+            normed_BTD, cache = _after_step(cache, packing, normed_BTD, (output.cache,))
         return x_BTD, normed_BTD, cache
 
     def _embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(self.config.compute_dtype)
         return constrain(x_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED))
+
+    def _logits(self, embedding_VD: jax.Array, hidden_BTD: jax.Array, return_logits: bool) -> jax.Array | None:
+        """Logits in float32, if asked for. The head is made either way."""
+        config, head_DV = self.config, embedding_VD.T
+        if not config.tie_embeddings:
+            # std 1/D, not 1/sqrt(D): logits start small at every width (arXiv:2203.03466).
+            init = nn.initializers.normal(config.init_std or 1 / config.dim)
+            head_DV = parameter(self, "head", init, head_DV.shape, (axes.FSDP_EMBED, axes.VOCAB))
+        if not return_logits:
+            return None
+        head_DV = head_DV.astype(config.compute_dtype)
+        logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+        return constrain(logits_BTV, (axes.BATCH, axes.LENGTH, axes.VOCAB))
 
     def _condition(
         self, table_NC: jax.Array | None, tokens_BT: jax.Array, condition: jax.Array | None
@@ -262,6 +257,15 @@ class Transformer(nn.Module):
             for collection in ("params", BIAS_COLLECTION)
             if self.has_variable(collection, group.name)
         }
+
+
+def _after_step(cache: Cache, packing: Packing, x_BTD: jax.Array, layers: tuple[Any, ...]) -> tuple[jax.Array, Cache]:
+    """The cache after a call, and x, NaN in rows that it cannot hold: it has lost tokens, and nothing right is left."""
+    assert packing.cache_step is not None
+    length_B = packing.cache_step.length_B
+    full_B11 = (length_B > cache.max_length)[:, None, None]
+    cache = dataclasses.replace(cache, length_B=length_B, layers=layers, fresh=False)
+    return jnp.where(full_B11, jnp.nan, x_BTD).astype(x_BTD.dtype), cache
 
 
 def make_cache(config: ModelConfig, batch: int, max_length: int, step: int = 1) -> Cache:

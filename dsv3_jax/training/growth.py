@@ -22,17 +22,22 @@ ExpertAxes = dict[tuple[str, ...], int]
 
 
 class Stage(NamedTuple):
-    """step: the number of updates made before it. experts: the number from then on. parent_E: the expert that each is
+    """step: the number of updates made before it. experts: the number from then on. parents: the expert that each is
     a copy of; itself, unless it is new."""
 
     step: int
     experts: int
-    parent_E: np.ndarray
+    parents: tuple[int, ...]
+
+    @property
+    def parent_E(self) -> np.ndarray:
+        """`parents` as an array."""
+        return np.asarray(self.parents)
 
     @property
     def new_E(self) -> np.ndarray:
         """Which experts come with it, bool."""
-        return self.parent_E != np.arange(len(self.parent_E))
+        return self.parent_E != np.arange(len(self.parents))
 
 
 def stages(growth: Growth | None, moe: MixtureOfExperts | None) -> list[Stage]:
@@ -43,13 +48,14 @@ def stages(growth: Growth | None, moe: MixtureOfExperts | None) -> list[Stage]:
     expert_E = np.arange(E)
     match growth:
         case AddedExpert(parent=parent):
-            return [Stage(0, E, np.where(expert_E == E - 1, parent, expert_E))]
+            return [Stage(0, E, (*range(E - 1), parent))]
         case Expansion(initial_experts=first, steps=steps):
             place_E, planned = expert_E % (E // groups), []
             for index, step in enumerate(steps):
                 active = first * 2**index // groups  # of a group, before this stage
                 new_E = (place_E >= active) & (place_E < 2 * active)
-                planned.append(Stage(step, 2 * active * groups, np.where(new_E, expert_E - active, expert_E)))
+                parent_E = np.where(new_E, expert_E - active, expert_E)
+                planned.append(Stage(step, 2 * active * groups, tuple(parent_E.tolist())))
             return planned
 
 
@@ -104,7 +110,7 @@ def is_done(stage: Stage, selection_bias: Any) -> bool:
     return any(np.any(x[..., stage.new_E] > -np.inf) for path, x in leaves if path[-1].key == "bias")
 
 
-def grow(state: Any, growth: Growth, expert_axes: ExpertAxes, parent_E: jax.Array) -> Any:
+def grow(state: Any, growth: Growth, expert_axes: ExpertAxes, stage: Stage) -> Any:
     """The `TrainState` with the new experts of a stage: copies of their parents, with the moments of the optimizer.
 
     Their selection biases are so low that no token chooses them: the model computes what it did, and the language-model
@@ -112,14 +118,17 @@ def grow(state: Any, growth: Growth, expert_axes: ExpertAxes, parent_E: jax.Arra
     leave as it was, they give a gradient at once. `AddedExpert` gives one in its layer only, so that the copies in
     other layers stay inactive.
     """
-    new_E = parent_E != jnp.arange(len(parent_E))
+    (new_N,) = np.nonzero(stage.new_E)
 
     def copy(path, x):
         axis = _axis_of(expert_axes, path)
-        return x if axis is None else jnp.take(x, parent_E, axis=axis)
+        if axis is None:
+            return x
+        # New experts alone are read and written: to take all of them would gather the state on every device.
+        return x.at[(slice(None),) * axis + (new_N,)].set(jnp.take(x, stage.parent_E[new_N], axis=axis))
 
     def start(path, bias_LE):
-        opens_LE = new_E & ~active_experts(bias_LE)
+        opens_LE = stage.new_E & ~active_experts(bias_LE)
         if isinstance(growth, AddedExpert):
             opens_LE &= (jnp.arange(len(bias_LE)) == growth.layer)[:, None] & (path[0].key == MOE_LAYERS)
         lowest_L1 = jnp.min(bias_LE, axis=-1, keepdims=True, where=active_experts(bias_LE), initial=jnp.inf)

@@ -108,7 +108,9 @@ class Trainer:
             donate_argnums=0,
         )
         self._jit_gradients = jax.jit(self._gradients)
-        self._jit_grow = jax.jit(self._grow, out_shardings=self.state_shardings, donate_argnums=0)
+        self._jit_grow = jax.jit(
+            self._grow, out_shardings=self.state_shardings, donate_argnums=0, static_argnames="stage"
+        )
 
     def init(self, seed: int) -> TrainState:
         """A fresh state, each array made where it lives."""
@@ -147,12 +149,12 @@ class Trainer:
     def grow(self, state: TrainState, stage: growth.Stage) -> TrainState:
         """The state with the new experts of a stage. The old state is consumed."""
         with jax.set_mesh(self.mesh):
-            return self._jit_grow(state, jnp.asarray(stage.parent_E))
+            return self._jit_grow(state, stage=stage)
 
-    def _grow(self, state: TrainState, parent_E: jax.Array) -> TrainState:
+    def _grow(self, state: TrainState, *, stage: growth.Stage) -> TrainState:
         settings = self.config.train.growth
         assert settings is not None
-        return growth.grow(state, settings, self.expert_axes, parent_E)
+        return growth.grow(state, settings, self.expert_axes, stage)
 
     def _keep(self, tree: Any) -> Any:
         """Zeros for what is not trained."""

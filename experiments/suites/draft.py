@@ -47,24 +47,29 @@ def cases(config_path: str | None) -> tuple[list[Case], list[str]]:
     """A case for each batch size and temperature, with the draft and without; notes tell what was accepted.
 
     Raises:
-      ConfigError: the model of the config has no multi-token-prediction modules.
+      ConfigError: the model of the config has no multi-token-prediction modules, or cannot decode.
     """
+    import jax
+
     from dsv3_jax.data.pipeline import load_dataset
     from dsv3_jax.inference.generation import Generator
     from dsv3_jax.inference.sampling import make_sampling
     from dsv3_jax.inference.speculative import SpeculativeGenerator
+    from dsv3_jax.models.transformer import make_cache
     from dsv3_jax.training.checkpoints import restore
     from dsv3_jax.training.loop import read_metrics, train
 
     run = training(config_path or DEFAULT_CONFIG)
+    length = PROMPT_LENGTH + NEW_TOKENS
+    jax.eval_shape(lambda: make_cache(run.model, 1, length))  # a model that cannot decode is refused untrained
     key = hashlib.sha256(to_json(run).encode()).hexdigest()[:12]
     workdir = pathlib.Path(tempfile.gettempdir()) / f"dsv3_jax_draft_{key}"
     dataset = load_dataset(run.data, run.model.vocab_size)
     train(run, workdir, dataset=dataset)
     last = list(read_metrics(workdir))[-1]
     model, variables = restore(workdir)
-    length = PROMPT_LENGTH + NEW_TOKENS
-    drafting, plain = SpeculativeGenerator(model, variables, length), Generator(model, variables, length)
+    drafting = SpeculativeGenerator(model, variables, length)
+    plain = Generator(model, drafting.variables, length)
     assert model.mtp is not None
     names = ["lm", *(f"mtp_{k + 1}" for k in range(model.mtp.depth))]
     losses = ", ".join(f"{name} {last[f'loss/{name}']:.2f}" for name in names)

@@ -183,5 +183,9 @@ def test_keys_differ_by_step_and_seed_but_not_by_micro_batch(trainers):
     assert_close(two.gradients(state, batch), (gradients, terms), 2e-5)  # float32 sums in another order
     assert float(terms["activation"]) > 0
     for change in ({"step": state.step + 1}, {"seed": np.uint32(5)}):
-        _, other = one.gradients(dataclasses.replace(state, **change), batch)
-        assert float(other["activation"]) != float(terms["activation"])
+        other, other_terms = one.gradients(dataclasses.replace(state, **change), batch)
+        assert float(other_terms["lm"]) != float(terms["lm"])
+        first, second = (tree["dense_layers"]["mlp"]["w_out"] for tree in (gradients, other))
+        assert np.any(np.asarray(first) != second)  # other units were on
+        # The budget holds evaluation's share, which nothing draws.
+        assert float(other_terms["activation"]) == float(terms["activation"])
