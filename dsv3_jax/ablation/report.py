@@ -182,8 +182,6 @@ def write_report(ablation: Ablation, rows: list[Row], workdir: pathlib.Path, nam
     if ablation.routing:
         text += "\n" + routing_report.markdown(rows, f"{name}_routing.png")
         routing_report.plot(rows, workdir / f"{name}_routing.png")
-    if ablation.claims:
-        text += "\n".join(["", "## Claims", "", *(f"- {claim}" for claim in ablation.claims), ""])
     (workdir / f"{name}.md").write_text(text)
     write_csv(ablation, rows, workdir / f"{name}.csv")
     plot(ablation, rows, workdir / f"{name}.png")

@@ -317,8 +317,7 @@ class Ablation:
 
     `against` names, for rows that are to be compared with another row than the baseline, that row. `own_length` names
     rows that may train for another number of steps. `routing` asks for the routing of each run on held-out rows, and a
-    second table and plot of it. `claims` are lines of Markdown that the report ends with: what of the claims held,
-    written once the table has been run.
+    second table and plot of it.
     """
 
     title: str
@@ -329,7 +328,6 @@ class Ablation:
     against: dict[str, str] = field(default_factory=dict)
     own_length: tuple[str, ...] = ()
     routing: bool = False
-    claims: tuple[str, ...] = ()
 
 
 @dataclass

@@ -21,7 +21,7 @@ def ablation(corpus) -> c.Ablation:
         steps = 4 if name == "window" else 3
         rows[name] = tiny_config(corpus, num_steps=steps, eval_every=steps)
         rows[name].model.attention.pattern = pattern
-    settings = {"against": {"broken": "window"}, "own_length": ("window",), "claims": ("Nothing held.",)}
+    settings = {"against": {"broken": "window"}, "own_length": ("window",)}
     return c.Ablation("Test table", rows, baseline="full", seeds=(0, 1), timing_steps=1, routing=True, **settings)
 
 
@@ -71,7 +71,6 @@ def test_every_run_leaves_its_routing_and_the_report_sums_it_up(table):
     assert cells[1] == cells[2] == f"{by_hand[0]:.3f}" and cells[3] == f"{by_hand[1]:.2f}"
     assert cells[5:] == ["2.00", "0.00%"]
     assert (workdir / "patterns_routing.png").read_bytes().startswith(b"\x89PNG")
-    assert text.endswith("## Claims\n\n- Nothing held.\n")
 
 
 def test_what_fails_after_training_costs_its_own_row_only(table, corpus, monkeypatch):
