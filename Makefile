@@ -32,9 +32,11 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-# torch and transformers: oracles and benchmark peers. torch comes by itself, without hashes (see BUILD.md).
+# torch and transformers: oracles and benchmark peers. torch comes by itself, without hashes (see BUILD.md). And the
+# compiler for TPUs, of jax's own version.
 peers: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[tpu]"
 
 # Needs uv. Pins every dependency for Python 3.11 to 3.13, with hashes.
 lock:

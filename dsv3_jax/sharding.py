@@ -6,7 +6,7 @@ use one mesh axis for two dimensions of the same array.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -84,6 +84,37 @@ def constrain(x: jax.Array, logical: Sequence[str | None]) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def per_shard(function: Callable[..., Any], inputs: Sequence[tuple[Any, Sequence[str | None]]], outputs: Any) -> Any:
+    """function(*arrays) on each device's own part of them, under the ambient mesh: for kernels, which XLA cannot split.
+
+    Args:
+      inputs: (array or None, its logical axes). A logical axis is split where it divides the shards in every input,
+        else each device works on all of it.
+      outputs: a tree of tuples of logical axes, one for each result.
+    """
+    mesh, arrays = jax.sharding.get_abstract_mesh(), [x for x, _ in inputs]
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    sizes: dict[str, list[int]] = {}
+    for x, logical in inputs:
+        for name, size in zip(logical, () if x is None else x.shape, strict=x is not None):
+            if name is not None:
+                sizes.setdefault(name, []).append(size)
+    splits = {name: math.prod(mesh.shape[axis] for axis in RULES[name]) for name in sizes}
+    whole = {name for name, of in sizes.items() if any(size % splits[name] for size in of)}
+    # Axes that share mesh axes, as the heads of queries and of keys do, are split together or not at all.
+    whole = {name for name in sizes if any(set(RULES[name]) & set(RULES[other]) for other in whole)}
+
+    def spec(logical: Sequence[str | None]) -> PartitionSpec:
+        return partition_spec([None if name in whole else name for name in logical])
+
+    in_specs = tuple(spec(logical) for _, logical in inputs)
+    out_specs = jax.tree.map(
+        spec, outputs, is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(n, str | None) for n in x)
+    )
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
 
 def shardings(mesh: Mesh, boxed: Any) -> Any:

@@ -14,6 +14,7 @@ import platform
 import statistics
 import sys
 import time
+from types import ModuleType
 
 from absl import flags
 
@@ -21,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from dsv3_jax.command_line import run
 from experiments.suites import Case
 
-SUITES = ("train_step", "decode", "dispatch", "draft")
+SUITES = ("attention", "train_step", "decode", "dispatch", "draft", "tpu_static")
 SUITE = flags.DEFINE_enum("suite", None, SUITES, "What to time.", required=True)
 CONFIG = flags.DEFINE_string("config", None, "A config file instead of the suite's own.")
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Timed rounds; each contender runs once a round.", lower_bound=3)
@@ -75,20 +76,41 @@ def environment() -> dict[str, str]:
     return {"date": str(datetime.date.today()), "hardware": hardware, "python": platform.python_version()} | versions
 
 
-def main() -> None:
-    """Flags -> suite -> table."""
-    suite = importlib.import_module(f"experiments.suites.{SUITE.value}")
+def timed_table(suite: ModuleType) -> tuple[list[dict], list[str], list[str]]:
+    """Rows, notes, and the lines of the table."""
     cases, notes = suite.cases(CONFIG.value)
     rows = [row for case in cases for row in time_case(case, suite.UNIT)]
-    print("\n".join([*(f"{k}: {v}" for k, v in environment().items()), *notes]))
-    print(f"\n| case | contender | {suite.UNIT} | median s | quartiles s | ours is … times as fast |")
-    print("|---|---|---|---|---|---|")
+    lines = [
+        f"| case | contender | {suite.UNIT} | median s | quartiles s | ours is … times as fast |",
+        "|---" * 6 + "|",
+    ]
     for row in rows:
         low, high = row["quartiles"]
-        print(
+        lines.append(
             f"| {row['case']} | {row['name']} | {row[suite.UNIT]:,.0f} | {row['seconds']:.3f} | {low:.3f} – {high:.3f} "
             f"| {row['ours_over_this']:.2f} |"
         )
+    return rows, notes, lines
+
+
+def static_table(suite: ModuleType) -> tuple[list[dict], list[str], list[str]]:
+    """The same of a suite that times nothing."""
+    rows, notes = suite.table(CONFIG.value)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(value: object) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(cell(row.get(name, "")) for name in columns) + " |" for row in rows]
+    return rows, notes, lines
+
+
+def main() -> None:
+    """Flags -> suite -> table."""
+    suite = importlib.import_module(f"experiments.suites.{SUITE.value}")
+    rows, notes, lines = (timed_table if hasattr(suite, "cases") else static_table)(suite)
+    print("\n".join([*(f"{k}: {v}" for k, v in environment().items()), *notes, "", *lines]))
     if OUTPUT.value:
         result = {"suite": SUITE.value, "environment": environment(), "notes": notes, "rows": rows}
         pathlib.Path(OUTPUT.value).write_text(json.dumps(result, indent=1) + "\n")

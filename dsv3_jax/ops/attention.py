@@ -67,6 +67,17 @@ def attention_weights(
     return jnp.exp(scores_BHTS - jnp.where(jnp.isfinite(lse_BHT), lse_BHT, 0)[..., None])
 
 
+def merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Attention to two disjoint key sets from (out_BTHM, lse_BHT) of each: out is weighted by exp(lse)."""
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    # A query that sees nothing of either has −inf twice, whose difference is NaN.
+    some = jnp.isfinite(lse_a) | jnp.isfinite(lse_b)
+    lse_a, lse_b = (jnp.where(some, lse, 0) for lse in (lse_a, lse_b))
+    share_BTH1 = jnp.swapaxes(jax.nn.sigmoid(lse_a - lse_b), 1, 2)[..., None]
+    out = (out_a * share_BTH1 + out_b * (1 - share_BTH1)).astype(out_a.dtype)
+    return out, jnp.where(some, jnp.logaddexp(lse_a, lse_b), -jnp.inf)
+
+
 def add_sink(out_BTHM: jax.Array, lse_BHT: jax.Array, sink_H: jax.Array) -> jax.Array:
     """Attention with one more score a head that has no value, added after all key sets are merged (gpt-oss, 2025).
 

@@ -81,7 +81,7 @@ def fraction_position(fraction: float, length: jax.Array) -> jax.Array:
     return jnp.floor(fraction * (length - 1)).astype(jnp.int32)
 
 
-def _local_range(pattern: LayerPattern, q_position, q_window):
+def local_range(pattern: LayerPattern, q_position, q_window):
     """First and last position that a query sees locally, causality aside; None for all."""
     match pattern:
         case Windowed() | LearnedGlobal():
@@ -114,7 +114,7 @@ def local_mask(pattern: LayerPattern, causal: bool, q_position, k_position, q_wi
     mask = (
         k_position <= q_position if causal else jnp.ones(jnp.broadcast_shapes(k_position.shape, q_position.shape), bool)
     )
-    bounds = _local_range(pattern, q_position, q_window)
+    bounds = local_range(pattern, q_position, q_window)
     return mask if bounds is None else mask & (k_position >= bounds[0]) & (k_position <= bounds[1])
 
 
@@ -202,7 +202,7 @@ def visible_keys(pattern: LayerPattern, length: int, causal: bool = True) -> flo
     """
     q = np.arange(length)
     last = q if causal else np.full(length, length - 1)
-    bounds = _local_range(pattern, q, None)
+    bounds = local_range(pattern, q, None)
     low, high = (
         (np.zeros(length, int), last) if bounds is None else (np.maximum(bounds[0], 0), np.minimum(bounds[1], last))
     )

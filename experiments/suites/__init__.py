@@ -1,4 +1,4 @@
-"""What `benchmark.py` times: one module a suite, each with UNIT and cases()."""
+"""What `benchmark.py` times: one module a suite, with UNIT and cases(); or with table(), where nothing is timed."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,14 +1,34 @@
 """Picks an implementation of attention by pattern."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax import axes
 from dsv3_jax.config import ConfigError, LayerPattern, LearnedGlobal, RuntimeWindowed
 from dsv3_jax.kernels.windowed_attention.blocked import blocked_attention
+from dsv3_jax.kernels.windowed_attention.mosaic_tpu import tpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
 from dsv3_jax.ops.patterns import Place
+from dsv3_jax.sharding import per_shard
 
-IMPLEMENTATIONS = {"blocked": blocked_attention, "reference": pattern_attention}
+IMPLEMENTATIONS = {"blocked": blocked_attention, "mosaic_tpu": tpu_attention, "reference": pattern_attention}
+
+KERNELS = ("mosaic_tpu",)  # which XLA cannot split over devices
+
+
+def refusal(name: str, dtype: Any) -> str | None:
+    """Why an implementation cannot run inputs of this dtype, whatever the platform; None if it can."""
+    if name == "mosaic_tpu" and dtype == jnp.float16:
+        return "TPUs have no float16; use bfloat16"
+    return None
+
+
+def default_implementation(dtype: Any) -> str:
+    """What runs where none is named: the platform's kernel if it can, else "blocked"."""
+    name = {"tpu": "mosaic_tpu"}.get(jax.default_backend(), "blocked")
+    return "blocked" if refusal(name, dtype) else name
 
 
 def windowed_attention(
@@ -34,31 +54,43 @@ def windowed_attention(
       gate_BT: float32, for `LearnedGlobal` alone: the score by which keys are chosen.
       softcap: see `ops.attention.soft_cap`.
       max_segments: the most documents a row may hold, where the pattern has one set of global keys for each.
-      implementation: "blocked" (default; plain JAX, skips blocks, memory linear in T · window but for the choice of
-        learned global keys) or "reference".
+      implementation: "blocked" (plain JAX, skips blocks, memory linear in T · window but for the choice of learned
+        global keys), "mosaic_tpu" (Pallas; skips blocks; elsewhere than on a TPU it is interpreted, for tests), or
+        "reference". Default: `default_implementation`.
 
     Returns:
       out_BTHM in the dtype of `v`, and the log-sum-exp of each query's visible scores, lse_BHT float32. A query that
       sees nothing gives zeros and −inf; a document numbered above `max_segments` gives NaN, never a wrong result.
 
     Raises:
-      ConfigError: an unknown implementation. ValueError: arguments that do not fit.
+      ConfigError: an unknown implementation, or one that cannot run this dtype. ValueError: arguments that do not fit.
     """
     B, T, H, N = q_BTHN.shape
     if k_BTGN.shape[:2] != (B, T) or v_BTGM.shape[:3] != k_BTGN.shape[:3] or k_BTGN.shape[3] != N:
         raise ValueError(f"q {q_BTHN.shape}, k {k_BTGN.shape}, v {v_BTGM.shape}: batch, length, heads or width differ")
     if H % k_BTGN.shape[2]:
         raise ValueError(f"{H} query heads are not a multiple of {k_BTGN.shape[2]} key heads")
-    name = implementation or "blocked"
+    name = implementation or default_implementation(q_BTHN.dtype)
     if name not in IMPLEMENTATIONS:
         raise ConfigError(
             f"config.model.attention.implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}"
         )
+    if reason := refusal(name, q_BTHN.dtype):
+        raise ConfigError(f"config.model.attention.implementation={name!r}: {reason}")
     if (gate_BT is not None) != isinstance(pattern, LearnedGlobal):
         raise ValueError(f"gate_BT belongs to learned_global and to it alone; the pattern is {pattern.kind}")
     if place is None:
         place = Place(jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32))
     if place.window_BT is not None and not isinstance(pattern, RuntimeWindowed):
         place = place._replace(window_BT=None)  # of other layers
-    attend = IMPLEMENTATIONS[name]
-    return attend(q_BTHN, k_BTGN, v_BTGM, place, gate_BT, pattern, causal, scale, softcap, max_segments)
+
+    def attend(q, k, v, position_BT, segment_BT, window_BT, gate_BT):
+        of_tokens = Place(position_BT, segment_BT, window_BT), gate_BT
+        return IMPLEMENTATIONS[name](q, k, v, *of_tokens, pattern, causal, scale, softcap, max_segments)
+
+    keys, tokens = (axes.BATCH, axes.LENGTH, axes.KV_HEADS, None), (axes.BATCH, axes.LENGTH)
+    inputs = [(q_BTHN, (axes.BATCH, axes.LENGTH, axes.HEADS, None)), (k_BTGN, keys), (v_BTGM, keys)]
+    inputs += [(x_BT, tokens) for x_BT in (*place, gate_BT)]
+    if name not in KERNELS:  # XLA splits them
+        return attend(*(x for x, _ in inputs))
+    return per_shard(attend, inputs, (inputs[0][1], (axes.BATCH, axes.HEADS, axes.LENGTH)))

@@ -1,0 +1,78 @@
+"""Compiles one contender's attention, forward and backward, for a TPU, and leaves the compiler's schedule in a folder.
+
+python -m experiments.suites.tpu_programs v5p ours 32768 512 512 128 DIR
+
+Chip, contender (or splash), length, window (0: none), block, chunk (of ours), folder.
+
+A process of its own: the compiler reads its environment once.
+"""
+
+import os
+import pathlib
+import sys
+
+from dsv3_jax.planning.topologies import prepare_tpu_compiler, tpu_topology
+from dsv3_jax.planning.tpu_schedule import dump_flags
+
+WIDTH = 128  # of a head
+
+
+def main(kind: str, contender: str, length: int, window: int, block: int, chunk: int, folder: str) -> None:
+    """Compiles; the schedule is in `folder`."""
+    os.environ["LIBTPU_INIT_ARGS"] = dump_flags(pathlib.Path(folder))
+    prepare_tpu_compiler(kind)
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.default_backend = lambda: "tpu"  # or kernels would be interpreted
+    mesh = jax.sharding.Mesh(np.array(tpu_topology(kind).devices[:1]), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    attend, shape = {"ours": _ours, "splash": _splash}[contender](length, window, block, chunk)
+
+    def loss(*inputs):
+        return jnp.sum(jnp.square(attend(*inputs).astype(jnp.float32)))
+
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)] * 3
+    jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*inputs).compile()
+
+
+def _ours(length: int, window: int, block: int, chunk: int):
+    import jax.numpy as jnp
+
+    from dsv3_jax.config import Full, Windowed
+    from dsv3_jax.kernels.windowed_attention.mosaic_tpu import Blocks, tpu_attention
+    from dsv3_jax.ops.patterns import Place
+
+    pattern, blocks = Windowed(window) if window else Full(), Blocks(block, block, chunk)
+
+    def attend(q, k, v):
+        place = Place(jnp.arange(length)[None], jnp.ones((1, length), jnp.int32))
+        return tpu_attention(q, k, v, place, None, pattern, True, WIDTH**-0.5, None, 1, blocks=blocks)[0]
+
+    return attend, (1, length, 1, WIDTH)
+
+
+def _splash(length: int, window: int, block: int, _: int):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    sizes = kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    square = (length, length)
+    mask = masks.LocalMask(square, (window - 1, 0), 0) if window else masks.CausalMask(square)
+    mask = masks.MultiHeadMask([mask])
+    return kernel.make_splash_mha(mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1), (1, length, WIDTH)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:7]), folder=sys.argv[7])  # type: ignore[call-arg]

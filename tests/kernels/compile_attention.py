@@ -1,0 +1,62 @@
+"""Compiles the attention kernels for a TPU that is not here, forward and backward; prints one JSON object a case.
+
+.venv/bin/python tests/kernels/compile_attention.py v5p 4096,128,128,512 32768,192,128,4096
+
+A case is length, width of keys, width of values, window (0: none); and a dtype, which brings a soft-cap with it, if it
+is not bfloat16 without one. Runs in a process of its own: the compiler reads the environment once.
+"""
+
+import json
+import sys
+
+from dsv3_jax.planning.topologies import prepare_tpu_compiler, tpu_topology
+
+
+def main(kind: str, cases: list[str]) -> None:
+    prepare_tpu_compiler(kind)
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from dsv3_jax import config as c
+    from dsv3_jax.kernels.windowed_attention import mosaic_tpu
+    from dsv3_jax.ops.patterns import Place
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.default_backend = lambda: "tpu"  # or the kernels would be interpreted
+    mesh = jax.sharding.Mesh(np.array(tpu_topology(kind).devices[:1]), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    for case in cases:
+        sizes, (dtype, *_) = case.split(",")[:4], (*case.split(",")[4:], "bfloat16")
+        T, N, M, window = map(int, sizes)
+        softcap = 30.0 if len(case.split(",")) > 4 else None
+        pattern = c.Windowed(window, (0,)) if window else c.Full()
+
+        def loss(q, k, v, position, segment, pattern=pattern, scale=N**-0.5, softcap=softcap):
+            place = Place(position, segment)
+            out, lse = mosaic_tpu.tpu_attention(q, k, v, place, None, pattern, True, scale, softcap, 16)
+            return jnp.sum(jnp.square(out.astype(jnp.float32))) + jnp.sum(lse)
+
+        def shape(*sizes, dtype=dtype):
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+        tokens = shape(1, T, dtype=jnp.int32)
+        args = shape(1, T, 2, N), shape(1, T, 1, N), shape(1, T, 1, M), tokens, tokens
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*args).compile()
+        costs = compiled.cost_analysis()
+        memory = compiled.memory_analysis()
+        print(
+            json.dumps(
+                {
+                    "case": case,
+                    "kernels": (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"'),
+                    "flops": costs.get("flops"),
+                    "temporary": memory.temp_size_in_bytes,
+                }
+            ),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
