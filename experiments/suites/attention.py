@@ -65,36 +65,6 @@ def _timed(attend: Callable, inputs: tuple, gradients: bool) -> tuple[Callable[.
     return lambda: jax.block_until_ready(compiled(*inputs)), memory.temp_size_in_bytes if memory else 0
 
 
-def _torch(inputs: tuple, window: int | None, gradients: bool, threads: int) -> Callable[..., object]:
-    """PyTorch's scaled_dot_product_attention; a window is a mask there."""
-    import numpy as np
-    import torch
-
-    torch.set_num_threads(threads)
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-
-    def tensor(x):
-        heads_first = np.asarray(x, np.float32).transpose(0, 2, 1, 3).copy()
-        return torch.from_numpy(heads_first).to(device, dtype).requires_grad_(gradients)
-
-    q, k, v = (tensor(x) for x in inputs)
-    mask = None
-    if window is not None:
-        distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
-        mask = ((distance >= 0) & (distance < window)).to(device)
-
-    def step():
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-        result = [out]
-        if gradients:
-            result += torch.autograd.grad(0.5 * out.float().square().sum(), (q, k, v))
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    return step
-
-
 def cases(config_path: str | None) -> tuple[list[Case], list[str]]:
     """A case for each length, window and pass; notes give the memory, and say who is missing.
 
@@ -110,13 +80,11 @@ def cases(config_path: str | None) -> tuple[list[Case], list[str]]:
     notes = [
         f"causal, {sizes.heads} heads of {sizes.width}, {sizes.dtype}, one row; {threads} threads; MiB: temporaries"
     ]
+    torch_attention = None
     try:
-        import torch  # noqa: F401
+        from experiments.peers import torch_attention
     except ImportError as error:
         notes.append(f"PyTorch left out: {error} (make peers installs it)")
-        has_torch = False
-    else:
-        has_torch = True
     found = []
     for length in sizes.lengths:
         shape = (1, length, sizes.heads, sizes.width)
@@ -136,8 +104,8 @@ def cases(config_path: str | None) -> tuple[list[Case], list[str]]:
                 for who, attend in contenders.items():
                     calls[who], temporary = _timed(attend, inputs, gradients)
                     memory.append(f"{who} {temporary / 2**20:,.0f} MiB")
-                if has_torch and length <= sizes.longest_dense:
-                    calls["PyTorch SDPA"] = _torch(inputs, window, gradients, threads)
+                if torch_attention and length <= sizes.longest_dense:
+                    calls["PyTorch SDPA"] = torch_attention.make_step(inputs, window, gradients, threads)
                 notes.append(f"{name}: {', '.join(memory)}")
                 found.append(Case(name, length, calls))
     return found, notes

@@ -42,7 +42,7 @@ def _ours(length: int, window: int, block: int, chunk: int):
     import jax.numpy as jnp
 
     from dsv3_jax.config import Full, Windowed
-    from dsv3_jax.kernels.windowed_attention.mosaic_tpu import Blocks, tpu_attention
+    from dsv3_jax.kernels.windowed_attention.pallas_tpu import Blocks, tpu_attention
     from dsv3_jax.ops.patterns import Place
 
     pattern, blocks = Windowed(window) if window else Full(), Blocks(block, block, chunk)
@@ -55,23 +55,9 @@ def _ours(length: int, window: int, block: int, chunk: int):
 
 
 def _splash(length: int, window: int, block: int, _: int):
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from experiments.peers.splash_attention import make_attention
 
-    sizes = kernel.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    square = (length, length)
-    mask = masks.LocalMask(square, (window - 1, 0), 0) if window else masks.CausalMask(square)
-    mask = masks.MultiHeadMask([mask])
-    return kernel.make_splash_mha(mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1), (1, length, WIDTH)
+    return make_attention(length, window, block), (1, length, WIDTH)
 
 
 if __name__ == "__main__":

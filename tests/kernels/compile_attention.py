@@ -19,7 +19,7 @@ def main(kind: str, cases: list[str]) -> None:
     import numpy as np
 
     from dsv3_jax import config as c
-    from dsv3_jax.kernels.windowed_attention import mosaic_tpu
+    from dsv3_jax.kernels.windowed_attention import pallas_tpu
     from dsv3_jax.ops.patterns import Place
 
     jax.config.update("jax_enable_compilation_cache", False)
@@ -34,7 +34,7 @@ def main(kind: str, cases: list[str]) -> None:
 
         def loss(q, k, v, position, segment, pattern=pattern, scale=N**-0.5, softcap=softcap):
             place = Place(position, segment)
-            out, lse = mosaic_tpu.tpu_attention(q, k, v, place, None, pattern, True, scale, softcap, 16)
+            out, lse = pallas_tpu.tpu_attention(q, k, v, place, None, pattern, True, scale, softcap, 16)
             return jnp.sum(jnp.square(out.astype(jnp.float32))) + jnp.sum(lse)
 
         def shape(*sizes, dtype=dtype):

@@ -189,7 +189,7 @@ def test_memory_is_linear_in_length_for_a_window():
 
 def test_errors_say_what_does_not_fit():
     q, k, v = inputs()
-    with pytest.raises(c.ConfigError, match="must be one of blocked, mosaic_tpu, reference"):
+    with pytest.raises(c.ConfigError, match="must be one of blocked, pallas_tpu, reference"):
         windowed_attention(q, k, v, pattern=c.Full(), scale=1.0, implementation="flash")
     with pytest.raises(ValueError, match="not a multiple of"):
         windowed_attention(q[:, :, :3], k, v, pattern=c.Full(), scale=1.0)

@@ -8,26 +8,26 @@ import jax.numpy as jnp
 from dsv3_jax import axes
 from dsv3_jax.config import ConfigError, LayerPattern, LearnedGlobal, RuntimeWindowed
 from dsv3_jax.kernels.windowed_attention.blocked import blocked_attention
-from dsv3_jax.kernels.windowed_attention.mosaic_tpu import tpu_attention
+from dsv3_jax.kernels.windowed_attention.pallas_tpu import tpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
 from dsv3_jax.ops.patterns import Place
 from dsv3_jax.sharding import per_shard
 
-IMPLEMENTATIONS = {"blocked": blocked_attention, "mosaic_tpu": tpu_attention, "reference": pattern_attention}
+IMPLEMENTATIONS = {"blocked": blocked_attention, "pallas_tpu": tpu_attention, "reference": pattern_attention}
 
-KERNELS = ("mosaic_tpu",)  # which XLA cannot split over devices
+KERNELS = ("pallas_tpu",)  # which XLA cannot split over devices
 
 
 def refusal(name: str, dtype: Any) -> str | None:
     """Why an implementation cannot run inputs of this dtype, whatever the platform; None if it can."""
-    if name == "mosaic_tpu" and dtype == jnp.float16:
+    if name == "pallas_tpu" and dtype == jnp.float16:
         return "TPUs have no float16; use bfloat16"
     return None
 
 
 def default_implementation(dtype: Any) -> str:
     """What runs where none is named: the platform's kernel if it can, else "blocked"."""
-    name = {"tpu": "mosaic_tpu"}.get(jax.default_backend(), "blocked")
+    name = {"tpu": "pallas_tpu"}.get(jax.default_backend(), "blocked")
     return "blocked" if refusal(name, dtype) else name
 
 
@@ -55,7 +55,7 @@ def windowed_attention(
       softcap: see `ops.attention.soft_cap`.
       max_segments: the most documents a row may hold, where the pattern has one set of global keys for each.
       implementation: "blocked" (plain JAX, skips blocks, memory linear in T · window but for the choice of learned
-        global keys), "mosaic_tpu" (Pallas; skips blocks; elsewhere than on a TPU it is interpreted, for tests), or
+        global keys), "pallas_tpu" (Pallas; skips blocks; elsewhere than on a TPU it is interpreted, for tests), or
         "reference". Default: `default_implementation`.
 
     Returns:

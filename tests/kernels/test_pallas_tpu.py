@@ -10,7 +10,7 @@ import pytest
 
 from dsv3_jax import config as c
 from dsv3_jax.kernels.windowed_attention import api, windowed_attention
-from dsv3_jax.kernels.windowed_attention.mosaic_tpu import Blocks, tpu_attention
+from dsv3_jax.kernels.windowed_attention.pallas_tpu import Blocks, tpu_attention
 from dsv3_jax.ops.patterns import Place
 from dsv3_jax.sharding import make_mesh
 from tests.conftest import assert_close
@@ -108,13 +108,13 @@ def test_errors_against_float64_are_those_of_xlas_attention(name, dtype):
         exact_inputs = [jnp.asarray(np.asarray(x, np.float64)) for x in given]
         exact = np.asarray(windowed_attention(*exact_inputs, **settings, implementation="reference")[0])
     errors = {}
-    for implementation in ("mosaic_tpu", "reference"):
+    for implementation in ("pallas_tpu", "reference"):
         run = jax.jit(functools.partial(windowed_attention, **settings, implementation=implementation))
         out = np.asarray(run(*given)[0], np.float64)
         np.testing.assert_array_equal(out, np.asarray(run(*given)[0], np.float64))  # the same bits again
         errors[implementation] = np.sqrt(np.mean(np.square(out - exact))) / np.sqrt(np.mean(np.square(exact)))
     # Both round scores and products; which of two roundings is the luckier one is chance.
-    assert errors["mosaic_tpu"] <= 1.5 * errors["reference"] + np.finfo(np.float32).eps, errors
+    assert errors["pallas_tpu"] <= 1.5 * errors["reference"] + np.finfo(np.float32).eps, errors
 
 
 def test_rows_that_see_nothing_give_zeros_minus_infinity_and_no_gradient():
@@ -132,7 +132,7 @@ def test_rows_that_see_nothing_give_zeros_minus_infinity_and_no_gradient():
 def test_devices_work_on_their_own_part_and_give_what_one_gives(heads, keys):
     """One key head cannot be split over two devices: then the query heads are not either."""
     q, k, v = draw(2, 4, 128, heads, keys, 8, 8)
-    settings = {"pattern": c.Windowed(30, (0,)), "scale": 0.3, "implementation": "mosaic_tpu"}
+    settings = {"pattern": c.Windowed(30, (0,)), "scale": 0.3, "implementation": "pallas_tpu"}
 
     def total(q, k, v):
         out, lse = windowed_attention(q, k, v, **settings)
@@ -151,9 +151,9 @@ def test_devices_work_on_their_own_part_and_give_what_one_gives(heads, keys):
 @pytest.mark.quick
 def test_float16_is_refused_by_name_and_passed_over_by_default(monkeypatch):
     q, k, v = draw(0, 1, 8, 1, 1, 8, 8, jnp.float16)
-    with pytest.raises(c.ConfigError, match="implementation='mosaic_tpu': TPUs have no float16; use bfloat16"):
-        windowed_attention(q, k, v, pattern=c.Full(), scale=1.0, implementation="mosaic_tpu")
+    with pytest.raises(c.ConfigError, match="implementation='pallas_tpu': TPUs have no float16; use bfloat16"):
+        windowed_attention(q, k, v, pattern=c.Full(), scale=1.0, implementation="pallas_tpu")
     assert api.default_implementation(jnp.bfloat16) == "blocked"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert api.default_implementation(jnp.bfloat16) == "mosaic_tpu"
+    assert api.default_implementation(jnp.bfloat16) == "pallas_tpu"
     assert api.default_implementation(jnp.float16) == "blocked"
