@@ -239,6 +239,8 @@ def _time_rows(rows: list[Row], ablation: Ablation, shared: _Shared) -> None:
             if row.name in running and not row.error:
                 with _reported(row, "timing"):
                     running[row.name].step()
+            if row.error:
+                running.pop(row.name, None)  # its memory may be what the others lack
     for row in rows:
         if row.name in running and not row.error:
             row.tokens_per_second = float(np.median(running[row.name].rates[1:]))

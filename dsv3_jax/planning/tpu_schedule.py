@@ -42,7 +42,7 @@ def dump_flags(folder: pathlib.Path) -> str:
 def read_schedules(folder: pathlib.Path) -> list[KernelSchedule]:
     """The kernels of a dump that multiply matrices, in the order in which they were compiled."""
     found = []
-    for path in sorted(folder.glob("*-final_bundles.txt")):
+    for path in sorted(folder.glob("*-final_bundles.txt"), key=lambda path: int(path.name.split("-")[0])):
         if "schedule-analysis" not in path.name:
             stem, name = re.match(r"(\d+-(.*))-\d+-final_bundles", path.name).groups()  # type: ignore[union-attr]
             table = next(iter(folder.glob(f"{stem}-*final_hlo-static-per-bundle-utilization.txt")), None)

@@ -60,7 +60,7 @@ def _compiled(kind: str, contender: str, window: int, block: int) -> list[dict[s
         root = pathlib.Path(__file__).parents[2]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True)
         if done.returncode:
-            raise ConfigError(f"{contender} for {kind}: {done.stderr.strip().splitlines()[-1]}")
+            raise ConfigError(f"{contender} for {kind}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
         kernels = {_pass(kernel.name): kernel for kernel in read_schedules(pathlib.Path(folder))}
     rows = []
     for name in PASSES:

@@ -10,7 +10,7 @@ from dsv3_jax.kernels.windowed_attention.key_sets import find_global_keys, globa
 from dsv3_jax.ops.attention import merge, reference_attention
 from dsv3_jax.ops.patterns import Place
 
-BLOCK = 128  # queries, at most; those of a block share their choice of learned global keys
+BLOCK = 128  # queries, at most, that share their choice of learned global keys
 
 
 def attend_globals(
@@ -30,7 +30,7 @@ def attend_globals(
     Queries and keys as `api.windowed_attention` takes them. Plain JAX: a document has few global keys.
     """
     B, T, H, _ = q_BTHN.shape
-    block = min(BLOCK, pattern.window) if isinstance(pattern, LearnedGlobal) else BLOCK
+    block = min(BLOCK, pattern.window) if isinstance(pattern, LearnedGlobal) and causal else T  # T: one key set for all
     keys = find_global_keys(pattern, causal, place, gate_BT, max_segments, block)
     (_, m, P), n = keys.row_BmP.shape, -(-T // block)
 

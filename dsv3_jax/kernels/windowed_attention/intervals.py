@@ -25,9 +25,12 @@ def visible_interval(pattern: LayerPattern, causal: bool, place: Place) -> tuple
     position_BT, segment_BT, window_BT = place
     T = position_BT.shape[1]
     row_T = jnp.arange(T, dtype=jnp.int32)
-    start_BT = row_T - position_BT  # of the document
+    is_first_BT = jnp.concatenate([jnp.ones_like(segment_BT[:, :1]), segment_BT[:, 1:] != segment_BT[:, :-1]], axis=1)
+    first_BT = jax.lax.cummax(jnp.where(is_first_BT > 0, row_T, 0), axis=1)  # of the document
+    shift_BT = row_T - position_BT
     bounds = local_range(pattern, position_BT, window_BT)
-    first_BT = start_BT if bounds is None else start_BT + jnp.maximum(bounds[0], 0)
+    if bounds is not None:
+        first_BT = jnp.maximum(first_BT, shift_BT + bounds[0])
     if causal:
         last_BT = jnp.broadcast_to(row_T, position_BT.shape)
     else:
@@ -36,7 +39,7 @@ def visible_interval(pattern: LayerPattern, causal: bool, place: Place) -> tuple
         )
         last_BT = jax.lax.cummin(jnp.where(is_last_BT > 0, row_T, T - 1), axis=1, reverse=True)
         if bounds is not None:
-            last_BT = jnp.minimum(last_BT, start_BT + bounds[1])
+            last_BT = jnp.minimum(last_BT, shift_BT + bounds[1])
     real_BT = segment_BT > 0
     return jnp.where(real_BT, first_BT, T).astype(jnp.int32), jnp.where(real_BT, last_BT, -1).astype(jnp.int32)
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.config import LayerPattern
+from dsv3_jax.config import ConfigError, LayerPattern
 from dsv3_jax.kernels.windowed_attention.global_set import attend_with_globals
 from dsv3_jax.kernels.windowed_attention.intervals import (
     LOWER,
@@ -35,6 +35,8 @@ from dsv3_jax.ops.patterns import Place, reach
 LOWEST = -1e30  # where running maxima begin
 HIDDEN = -2e30  # the score of a key that is not seen: its exponential is 0 beside LOWEST too
 LANES = 128
+LARGEST_BLOCK = 2**19  # bytes of keys or values: of six such blocks, twice each, the kernels' memory is full
+SCALAR_MEMORY = 2**20  # bytes, of every TPU so far
 
 
 class Blocks(NamedTuple):
@@ -70,7 +72,7 @@ class _Settings:
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Contracts one dimension of each, in float32; float32 inputs at full precision."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
@@ -325,6 +327,12 @@ def _call(
         name=kernel.__name__.strip("_"),
     )
     plan = (schedule.owner_S, schedule.other_S, schedule.fetch_BS.reshape(-1), schedule.kind_BS.reshape(-1))
+    if (needed := sum(x.size for x in plan) * 4) > SCALAR_MEMORY * 0.9:
+        raise ConfigError(
+            f"config.model.attention.implementation='pallas_tpu': the schedule of {B} rows a device with {num_steps} "
+            f"steps needs {needed:,} bytes of scalar memory, a TPU has {SCALAR_MEMORY:,}; use fewer rows a device, a "
+            "shorter sequence, a window, or implementation='blocked'"
+        )
     return run(*plan, *(x for x, _ in inputs))
 
 
@@ -421,8 +429,9 @@ def _attend_forward(settings: _Settings, *inputs):
 _attend.defvjp(_attend_forward, _run_backward)
 
 
-def block_sizes(pattern: LayerPattern, length: int) -> Blocks:
-    """Blocks as large as the reach, between 256 and 1024 tokens; chunks of 128.
+def block_sizes(pattern: LayerPattern, length: int, width_bytes: int = 256) -> Blocks:
+    """Blocks as large as the reach, between 256 and 1024 tokens, where memory on the chip allows; chunks of 128.
+    `width_bytes`: of a key or a value, the wider one.
 
     By the bundles that the compiler schedules, times trips, for v5p and v6e (docs/results/tpu_static.md). With a window
     of 512, blocks of 512 take two thirds of what blocks of 256 take; with 4096, blocks of 1024 three quarters to nine
@@ -430,7 +439,10 @@ def block_sizes(pattern: LayerPattern, length: int) -> Blocks:
     """
     bound = reach(pattern)
     size = 1024 if bound is None else min(1024, max(256, 1 << bound.bit_length()))
-    size = min(size, -(-length // LANES) * LANES)
+    while size > 256 and size * width_bytes > LARGEST_BLOCK:
+        size //= 2
+    count = -(-length // size)  # of equal blocks, so that little is padded
+    size = -(-length // (count * LANES)) * LANES
     return Blocks(size, size, LANES)
 
 
@@ -456,7 +468,10 @@ def tpu_attention(
 
     def local(q_BTHN, k_BTGN, v_BTGM):
         T = q_BTHN.shape[1]
-        q_block, k_block, chunk = blocks or block_sizes(pattern, T)
+        width_bytes = max(q_BTHN.shape[3], v_BTGM.shape[3]) * q_BTHN.dtype.itemsize
+        q_block, k_block, chunk = blocks or block_sizes(pattern, T, width_bytes)
+        if k_block % chunk or q_block % LANES or chunk % LANES:
+            raise ValueError(f"blocks={blocks}: must be multiples of {LANES}, the key block one of the chunk")
         padding = -T % math.lcm(q_block, k_block)
         pairs_S2 = block_pairs(pattern, causal, T, q_block, k_block)
         interpret = jax.default_backend() != "tpu"
