@@ -118,7 +118,10 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize(("pattern", "causal", "softcap", "blocks", "occur"), LONG, ids=str)
+IN_TIME = [pytest.param(*case, marks=() if case in (LONG[0], LONG[2]) else pytest.mark.slow) for case in LONG]
+
+
+@pytest.mark.parametrize(("pattern", "causal", "softcap", "blocks", "occur"), IN_TIME, ids=str)
 def test_many_blocks_of_every_kind_agree_with_the_oracle(pattern, causal, softcap, blocks, occur):
     """A row of three documents and padding, a row of one; four query heads of two key heads."""
     T, lengths = 700, (330, 40, 310)
@@ -169,7 +172,7 @@ HARD = {
 
 
 @pytest.mark.parametrize("name", HARD)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_errors_against_float64_are_those_of_xlas_attention(name, dtype):
     settings = {"pattern": c.Windowed(40), "scale": 0.25}
     runs = {
@@ -201,7 +204,7 @@ def test_rows_that_see_nothing_give_zeros_minus_infinity_and_no_gradient():
         assert np.all(np.isfinite(gradient)) and not np.any(np.asarray(gradient)[:, 3:])
 
 
-@pytest.mark.parametrize(("heads", "keys"), [(4, 2), (4, 1)])
+@pytest.mark.parametrize(("heads", "keys"), [(4, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_devices_work_on_their_own_part_and_give_what_one_gives(heads, keys):
     """One key head cannot be split over two devices: then the query heads are not either."""
     q, k, v = draw(2, 4, 128, heads, keys, 8, 8)
