@@ -80,9 +80,9 @@ def attend_and_differentiate(name, place, pattern, causal, softcap):
     return jax.jit(jax.grad(total, argnums=argnums, has_aux=True))(*inputs(), gate)
 
 
-# An interpreted kernel takes seconds to compile: one case in four in time, the others in the slow tests.
+# An interpreted kernel takes seconds to compile: one case in eight in time, the others in the slow tests.
 EVERY = [
-    pytest.param(pattern, causal, name, marks=pytest.mark.slow if name == "pallas_tpu" and index % 4 else ())
+    pytest.param(pattern, causal, name, marks=pytest.mark.slow if name == "pallas_tpu" and index % 8 else ())
     for name in FAST
     for index, (pattern, causal) in enumerate(CASES)
 ]
