@@ -271,7 +271,7 @@ def test_a_killed_conversion_goes_on(large, tmp_path, number):
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     journal = tmp_path / "run" / "weights" / "journal.txt"
     deadline = time.monotonic() + 60
-    while not journal.exists():
+    while not (journal.exists() and "\n" in journal.read_text()):  # the file is there before its first line is
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(number)
