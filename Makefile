@@ -33,10 +33,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 # torch and transformers: oracles and benchmark peers. torch comes by itself, without hashes (see BUILD.md). And the
-# compiler for TPUs, of jax's own version.
+# compilers for TPUs and GPUs, of jax's own version; the GPUs' in a folder of its own, where jax does not look for GPUs.
 peers: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[tpu]"
+	version=$$($(BIN)/python -c "import importlib.metadata as m; print(m.version('jax'))"); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/cuda \
+	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cuda-nvcc==13.5.37
 
 # Needs uv. Pins every dependency for Python 3.11 to 3.13, with hashes.
 lock:

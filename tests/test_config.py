@@ -125,7 +125,7 @@ def test_patterns_that_cannot_be_are_refused(pattern, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"implementation": "flash"}, "none or one of blocked, pallas_tpu, reference with the pattern"),
+        ({"implementation": "flash"}, "none or one of blocked, pallas_gpu, pallas_tpu, reference with the pattern"),
         ({"implementation": "blocked", "pattern": c.Sparse(8, 4, 16)}, "none or one of chunked, reference"),
         ({"rope_scaling": c.Llama3Scaling(8.0, 64, 4.0, 4.0)}, "must be above low_factor=4.0"),
         ({"rope_scaling": c.Yarn(8.0, 0)}, "original_length=0: must be at least 1"),

@@ -176,7 +176,7 @@ class Llama3Scaling:
 RopeScaling = LinearScaling | Yarn | Llama3Scaling
 
 
-WINDOWED_KERNELS = ("blocked", "pallas_tpu", "reference")
+WINDOWED_KERNELS = ("blocked", "pallas_gpu", "pallas_tpu", "reference")
 SPARSE_KERNELS = ("chunked", "reference")
 
 

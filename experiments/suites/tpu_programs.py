@@ -26,7 +26,6 @@ def main(kind: str, contender: str, length: int, window: int, block: int, chunk:
     import numpy as np
 
     jax.config.update("jax_enable_compilation_cache", False)
-    jax.default_backend = lambda: "tpu"  # or kernels would be interpreted
     mesh = jax.sharding.Mesh(np.array(tpu_topology(kind).devices[:1]), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     attend, shape = {"ours": _ours, "splash": _splash}[contender](length, window, block, chunk)
@@ -42,6 +41,7 @@ def _ours(length: int, window: int, block: int, chunk: int):
     import jax.numpy as jnp
 
     from dsv3_jax.config import Full, Windowed
+    from dsv3_jax.kernels.windowed_attention.call import Call
     from dsv3_jax.kernels.windowed_attention.pallas_tpu import Blocks, tpu_attention
     from dsv3_jax.ops.patterns import Place
 
@@ -49,7 +49,7 @@ def _ours(length: int, window: int, block: int, chunk: int):
 
     def attend(q, k, v):
         place = Place(jnp.arange(length)[None], jnp.ones((1, length), jnp.int32))
-        return tpu_attention(q, k, v, place, None, pattern, True, WIDTH**-0.5, None, 1, blocks=blocks)[0]
+        return tpu_attention(Call(q, k, v, place, pattern, WIDTH**-0.5), blocks=blocks, interpret=False)[0]
 
     return attend, (1, length, 1, WIDTH)
 

@@ -19,11 +19,11 @@ def main(kind: str, cases: list[str]) -> None:
     import numpy as np
 
     from dsv3_jax import config as c
-    from dsv3_jax.kernels.windowed_attention import pallas_tpu
+    from dsv3_jax.kernels.windowed_attention.call import Call
+    from dsv3_jax.kernels.windowed_attention.pallas_tpu import tpu_attention
     from dsv3_jax.ops.patterns import Place
 
     jax.config.update("jax_enable_compilation_cache", False)
-    jax.default_backend = lambda: "tpu"  # or the kernels would be interpreted
     mesh = jax.sharding.Mesh(np.array(tpu_topology(kind).devices[:1]), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     for case in cases:
@@ -34,7 +34,7 @@ def main(kind: str, cases: list[str]) -> None:
 
         def loss(q, k, v, position, segment, pattern=pattern, scale=N**-0.5, softcap=softcap):
             place = Place(position, segment)
-            out, lse = pallas_tpu.tpu_attention(q, k, v, place, None, pattern, True, scale, softcap, 16)
+            out, lse = tpu_attention(Call(q, k, v, place, pattern, scale, softcap=softcap), interpret=False)
             return jnp.sum(jnp.square(out.astype(jnp.float32))) + jnp.sum(lse)
 
         def shape(*sizes, dtype=dtype):

@@ -10,6 +10,7 @@ import pytest
 
 from dsv3_jax import config as c
 from dsv3_jax.kernels.windowed_attention import api, windowed_attention
+from dsv3_jax.kernels.windowed_attention.call import Call
 from dsv3_jax.kernels.windowed_attention.intervals import (
     LOWER,
     MASKED,
@@ -62,9 +63,7 @@ def test_steps_of_the_grids_grow_with_the_window():
         args = [jax.ShapeDtypeStruct((1, T, heads, 128), jnp.bfloat16) for heads in (4, 2, 2)]
 
         def loss(q, k, v):
-            out, _ = tpu_attention(
-                q, k, v, whole_row(1, T), None, pattern, True, 0.1, None, 1, blocks=Blocks(512, 512, 128)
-            )
+            out, _ = tpu_attention(Call(q, k, v, whole_row(1, T), pattern, 0.1), blocks=Blocks(512, 512, 128))
             return jnp.sum(out.astype(jnp.float32))
 
         return grids(jax.grad(loss, argnums=(0, 1, 2)), *args)
@@ -76,7 +75,7 @@ def test_steps_of_the_grids_grow_with_the_window():
 
 def attend(blocks, place, pattern, q, k, v):
     def total(q, k, v):
-        out, lse = tpu_attention(q, k, v, place, None, pattern, True, 0.2, None, 4, blocks=blocks)
+        out, lse = tpu_attention(Call(q, k, v, place, pattern, 0.2), blocks=blocks)
         return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0)), (out, lse)
 
     return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -135,7 +134,7 @@ def test_many_blocks_of_every_kind_agree_with_the_oracle(pattern, causal, softca
 
     def both(attend):
         def total(q, k, v):
-            out, lse = attend(q, k, v, place, None, pattern, causal, 0.3, softcap, 4)
+            out, lse = attend(Call(q, k, v, place, pattern, 0.3, causal, softcap=softcap))
             return jnp.sum(jnp.sin(3 * out)) + jnp.sum(jnp.cos(jnp.where(jnp.isfinite(lse), lse, 0))), (out, lse)
 
         return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -150,7 +149,7 @@ def test_a_schedule_that_no_tpu_can_hold_is_refused():
     args = [jax.ShapeDtypeStruct((4, 131072, heads, 128), jnp.bfloat16) for heads in (8, 1, 1)]
     with pytest.raises(c.ConfigError, match="the schedule of 4 rows a device .* bytes of scalar memory.*'blocked'"):
         jax.eval_shape(lambda q, k, v: jax.grad(lambda q: jnp.sum(
-            tpu_attention(q, k, v, whole_row(4, 131072), None, c.Full(), True, 0.1, None, 1)[0].astype(jnp.float32)
+            tpu_attention(Call(q, k, v, whole_row(4, 131072), c.Full(), 0.1))[0].astype(jnp.float32)
         ))(q), *args)  # fmt: skip
 
 

@@ -8,27 +8,53 @@ import jax.numpy as jnp
 from dsv3_jax import axes
 from dsv3_jax.config import ConfigError, LayerPattern, LearnedGlobal, RuntimeWindowed
 from dsv3_jax.kernels.windowed_attention.blocked import blocked_attention
+from dsv3_jax.kernels.windowed_attention.call import Call
+from dsv3_jax.kernels.windowed_attention.pallas_gpu import WIDEST, gpu_attention
 from dsv3_jax.kernels.windowed_attention.pallas_tpu import tpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
 from dsv3_jax.ops.patterns import Place
 from dsv3_jax.sharding import per_shard
 
-IMPLEMENTATIONS = {"blocked": blocked_attention, "pallas_tpu": tpu_attention, "reference": pattern_attention}
+IMPLEMENTATIONS = {
+    "blocked": blocked_attention,
+    "pallas_gpu": gpu_attention,
+    "pallas_tpu": tpu_attention,
+    "reference": pattern_attention,
+}
 
-KERNELS = ("pallas_tpu",)  # which XLA cannot split over devices
+KERNELS = ("pallas_gpu", "pallas_tpu")  # which XLA cannot split over devices
 
 
-def refusal(name: str, dtype: Any) -> str | None:
-    """Why an implementation cannot run inputs of this dtype, whatever the platform; None if it can."""
+def refusal(name: str, dtype: Any, widths: tuple[int, int] = (0, 0)) -> str | None:
+    """Why an implementation cannot run inputs of this dtype, and of these widths of keys and values; None if it can."""
     if name == "pallas_tpu" and dtype == jnp.float16:
         return "TPUs have no float16; use bfloat16"
+    if name != "pallas_gpu":
+        return None
+    if sum(widths) > WIDEST:
+        return f"keys and values {widths[0]} and {widths[1]} wide do not fit the registers: at most {WIDEST} together"
+    if jax.default_backend() != "gpu":
+        threads = len(jax.local_devices())
+        return (
+            None
+            if threads >= 4
+            # one blocks for each warpgroup
+            else ("interpreting it takes four threads: set XLA_FLAGS=--xla_force_host_platform_device_count=4 or more")
+        )
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"tensor cores multiply bfloat16 and float16, not {jnp.dtype(dtype).name}"
+    if (capability := jax.local_devices()[0].compute_capability) != "9.0":
+        return f"it is written for Hopper, compute capability 9.0; this GPU has {capability}"
     return None
 
 
-def default_implementation(dtype: Any) -> str:
-    """What runs where none is named: the platform's kernel if it can, else "blocked"."""
+def default_implementation(dtype: Any, widths: tuple[int, int] = (0, 0)) -> str:
+    """What runs where none is named: the platform's kernel if it can, else "blocked".
+
+    On a GPU "blocked" too: "pallas_gpu" has been compiled for an H100 and interpreted, and has not yet run on one.
+    """
     name = {"tpu": "pallas_tpu"}.get(jax.default_backend(), "blocked")
-    return "blocked" if refusal(name, dtype) else name
+    return "blocked" if refusal(name, dtype, widths) else name
 
 
 def windowed_attention(
@@ -55,27 +81,29 @@ def windowed_attention(
       softcap: see `ops.attention.soft_cap`.
       max_segments: the most documents a row may hold, where the pattern has one set of global keys for each.
       implementation: "blocked" (plain JAX, skips blocks, memory linear in T · window but for the choice of learned
-        global keys), "pallas_tpu" (Pallas; skips blocks; elsewhere than on a TPU it is interpreted, for tests), or
-        "reference". Default: `default_implementation`.
+        global keys), "pallas_tpu" and "pallas_gpu" (Pallas; skip blocks; elsewhere than on a TPU or a Hopper GPU they
+        are interpreted, for tests), or "reference". Default: `default_implementation`.
 
     Returns:
       out_BTHM in the dtype of `v`, and the log-sum-exp of each query's visible scores, lse_BHT float32. A query that
       sees nothing gives zeros and −inf; a document numbered above `max_segments` gives NaN, never a wrong result.
 
     Raises:
-      ConfigError: an unknown implementation, or one that cannot run this dtype. ValueError: arguments that do not fit.
+      ConfigError: an unknown implementation, or one that cannot run this (`refusal`). ValueError: arguments that do
+        not fit.
     """
     B, T, H, N = q_BTHN.shape
     if k_BTGN.shape[:2] != (B, T) or v_BTGM.shape[:3] != k_BTGN.shape[:3] or k_BTGN.shape[3] != N:
         raise ValueError(f"q {q_BTHN.shape}, k {k_BTGN.shape}, v {v_BTGM.shape}: batch, length, heads or width differ")
     if H % k_BTGN.shape[2]:
         raise ValueError(f"{H} query heads are not a multiple of {k_BTGN.shape[2]} key heads")
-    name = implementation or default_implementation(q_BTHN.dtype)
+    widths = N, v_BTGM.shape[3]
+    name = implementation or default_implementation(q_BTHN.dtype, widths)
     if name not in IMPLEMENTATIONS:
         raise ConfigError(
             f"config.model.attention.implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}"
         )
-    if reason := refusal(name, q_BTHN.dtype):
+    if reason := refusal(name, q_BTHN.dtype, widths):
         raise ConfigError(f"config.model.attention.implementation={name!r}: {reason}")
     if (gate_BT is not None) != isinstance(pattern, LearnedGlobal):
         raise ValueError(f"gate_BT belongs to learned_global and to it alone; the pattern is {pattern.kind}")
@@ -85,8 +113,8 @@ def windowed_attention(
         place = place._replace(window_BT=None)  # of other layers
 
     def attend(q, k, v, position_BT, segment_BT, window_BT, gate_BT):
-        of_tokens = Place(position_BT, segment_BT, window_BT), gate_BT
-        return IMPLEMENTATIONS[name](q, k, v, *of_tokens, pattern, causal, scale, softcap, max_segments)
+        place = Place(position_BT, segment_BT, window_BT)
+        return IMPLEMENTATIONS[name](Call(q, k, v, place, pattern, scale, causal, gate_BT, softcap, max_segments))
 
     keys, tokens = (axes.BATCH, axes.LENGTH, axes.KV_HEADS, None), (axes.BATCH, axes.LENGTH)
     inputs = [(q_BTHN, (axes.BATCH, axes.LENGTH, axes.HEADS, None)), (k_BTGN, keys), (v_BTGM, keys)]

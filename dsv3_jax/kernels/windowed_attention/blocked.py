@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import LayerPattern, LearnedGlobal, Segmented
+from dsv3_jax.kernels.windowed_attention.call import Call
 from dsv3_jax.kernels.windowed_attention.key_sets import GlobalKeys, find_global_keys, global_mask, has_global_keys
 from dsv3_jax.ops.attention import soft_cap
 from dsv3_jax.ops.patterns import Place, local_mask, reach, same_document
@@ -311,19 +312,9 @@ def _attend_forward(plan: _Plan, inputs: _Inputs):
 _attend.defvjp(_attend_forward, _backward)
 
 
-def blocked_attention(
-    q_BTHN: jax.Array,
-    k_BTGN: jax.Array,
-    v_BTGM: jax.Array,
-    place: Place,
-    gate_BT: jax.Array | None,
-    pattern: LayerPattern,
-    causal: bool,
-    scale: float,
-    softcap: float | None,
-    max_segments: int,
-) -> tuple[jax.Array, jax.Array]:
+def blocked_attention(call: Call) -> tuple[jax.Array, jax.Array]:
     """See `api.windowed_attention`."""
-    T = q_BTHN.shape[1]
-    plan = _Plan(pattern, causal, scale, softcap, max_segments, block_size(pattern, T), T)
-    return _attend(plan, _Inputs(q_BTHN, k_BTGN, v_BTGM, gate_BT, place))
+    T = call.q_BTHN.shape[1]
+    block = block_size(call.pattern, T)
+    plan = _Plan(call.pattern, call.causal, call.scale, call.softcap, call.max_segments, block, T)
+    return _attend(plan, _Inputs(call.q_BTHN, call.k_BTGN, call.v_BTGM, call.gate_BT, call.place))

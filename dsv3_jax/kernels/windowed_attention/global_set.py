@@ -5,33 +5,23 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import LayerPattern, LearnedGlobal
+from dsv3_jax.config import LearnedGlobal
+from dsv3_jax.kernels.windowed_attention.call import Call
 from dsv3_jax.kernels.windowed_attention.key_sets import find_global_keys, global_mask, has_global_keys
 from dsv3_jax.ops.attention import merge, reference_attention
-from dsv3_jax.ops.patterns import Place
 
 BLOCK = 128  # queries, at most, that share their choice of learned global keys
 
 
-def attend_globals(
-    q_BTHN: jax.Array,
-    k_BTGN: jax.Array,
-    v_BTGM: jax.Array,
-    place: Place,
-    gate_BT: jax.Array | None,
-    pattern: LayerPattern,
-    causal: bool,
-    scale: float,
-    softcap: float | None,
-    max_segments: int,
-) -> tuple[jax.Array, jax.Array]:
+def attend_globals(call: Call) -> tuple[jax.Array, jax.Array]:
     """(out_BTHM, lse_BHT) of the global keys that are not local too; scores are not kept for the gradient.
 
-    Queries and keys as `api.windowed_attention` takes them. Plain JAX: a document has few global keys.
+    Plain JAX: a document has few global keys.
     """
-    B, T, H, _ = q_BTHN.shape
+    q_BTHN, k_BTGN, v_BTGM, place, pattern = call[:5]
+    causal, gate_BT, (B, T, H, _) = call.causal, call.gate_BT, q_BTHN.shape
     block = min(BLOCK, pattern.window) if isinstance(pattern, LearnedGlobal) and causal else T  # T: one key set for all
-    keys = find_global_keys(pattern, causal, place, gate_BT, max_segments, block)
+    keys = find_global_keys(pattern, causal, place, gate_BT, call.max_segments, block)
     (_, m, P), n = keys.row_BmP.shape, -(-T // block)
 
     def cut(x_BT):
@@ -50,34 +40,24 @@ def attend_globals(
         bias = jnp.broadcast_to(pick(jax.nn.log_sigmoid(gate_BT))[:, None], (B * n, block, P))
     q_nSHN = cut(q_BTHN).reshape(B * n, block, *q_BTHN.shape[2:])
     mask_nSP = jnp.broadcast_to(mask_BnSP, (B, n, block, P)).reshape(B * n, block, P)
-    out, lse = reference_attention(q_nSHN, pick(k_BTGN), pick(v_BTGM), mask_nSP, scale, bias, softcap)
+    out, lse = reference_attention(q_nSHN, pick(k_BTGN), pick(v_BTGM), mask_nSP, call.scale, bias, call.softcap)
     if keys.owner_BmP is None:  # one key set for all documents, of a static size: never a wrong result
-        beyond = (q_place.segment_BT > max_segments).reshape(B * n, block, 1, 1)
+        beyond = (q_place.segment_BT > call.max_segments).reshape(B * n, block, 1, 1)
         out = jnp.where(beyond, jnp.nan, out).astype(out.dtype)
     lse_BHT = jnp.moveaxis(lse.reshape(B, n, H, block), 1, 2).reshape(B, H, n * block)[..., :T]
     return out.reshape(B, n * block, H, -1)[:, :T], lse_BHT
 
 
 def attend_with_globals(
-    local: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-    q_BTHN: jax.Array,
-    k_BTGN: jax.Array,
-    v_BTGM: jax.Array,
-    place: Place,
-    gate_BT: jax.Array | None,
-    pattern: LayerPattern,
-    causal: bool,
-    scale: float,
-    softcap: float | None,
-    max_segments: int,
+    local: Callable[[Call], tuple[jax.Array, jax.Array]], call: Call
 ) -> tuple[jax.Array, jax.Array]:
-    """(out_BTHM, lse_BHT) of a pattern, whose local key set `local(q, k, v)` attends to."""
-    near = local(q_BTHN, k_BTGN, v_BTGM)
-    if not has_global_keys(pattern):
+    """(out_BTHM, lse_BHT) of a pattern, whose local key set `local` attends to."""
+    near = local(call)
+    if not has_global_keys(call.pattern):
         return near
 
     @jax.checkpoint
     def far(q, k, v, gate_BT):
-        return attend_globals(q, k, v, place, gate_BT, pattern, causal, scale, softcap, max_segments)
+        return attend_globals(call._replace(q_BTHN=q, k_BTGN=k, v_BTGM=v, gate_BT=gate_BT))
 
-    return merge(near, far(q_BTHN, k_BTGN, v_BTGM, gate_BT))
+    return merge(near, far(call.q_BTHN, call.k_BTGN, call.v_BTGM, call.gate_BT))

@@ -118,3 +118,35 @@ def schedule_by_key(
     q_S, k_S = pairs_S2[index_S].T
     kind_BS = _kinds(pairs_S2, first_BT, last_BT, q_block, k_block, part)[:, index_S]
     return _schedule(k_S, q_S, head_S * count + q_S, kind_BS)
+
+
+def inner_bounds(first_BT: jax.Array, last_BT: jax.Array, block: int) -> jax.Array:
+    """Latest first and earliest last key of each block of queries, int32 [B, blocks, 2]: what all of them see."""
+    first_BnS, last_BnS = (x_BT.reshape(len(x_BT), -1, block) for x_BT in (first_BT, last_BT))
+    return jnp.stack([jnp.max(first_BnS, axis=-1), jnp.min(last_BnS, axis=-1)], axis=-1)
+
+
+def _outer_bounds(first_BT: jax.Array, last_BT: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Earliest first and latest last key of each block of queries, [B, blocks]."""
+    first_BnS, last_BnS = (x_BT.reshape(len(x_BT), -1, block) for x_BT in (first_BT, last_BT))
+    return jnp.min(first_BnS, axis=-1), jnp.max(last_BnS, axis=-1)
+
+
+def key_blocks(first_BT: jax.Array, last_BT: jax.Array, q_block: int, k_block: int) -> jax.Array:
+    """For each block of queries the first key block that one of them sees, and the last plus one: int32 [B, blocks, 2].
+    Equal where none is seen. Arguments as `schedule_by_query` takes them."""
+    first_Bn, last_Bn = _outer_bounds(first_BT, last_BT, q_block)
+    some_Bn = first_Bn <= last_Bn
+    return jnp.where(some_Bn[..., None], jnp.stack([first_Bn // k_block, last_Bn // k_block + 1], axis=-1), 0)
+
+
+def query_blocks(first_BT: jax.Array, last_BT: jax.Array, q_block: int, k_block: int) -> jax.Array:
+    """For each block of keys the first query block that sees one of them, and the last plus one: int32 [B, blocks, 2].
+    Equal where none does."""
+    first_Bn, last_Bn = _outer_bounds(first_BT, last_BT, q_block)
+    begin_m = jnp.arange(0, first_BT.shape[1], k_block)
+    seen_Bmn = (first_Bn[:, None] < begin_m[:, None] + k_block) & (last_Bn[:, None] >= begin_m[:, None])
+    start_Bm = jnp.argmax(seen_Bmn, axis=-1)
+    stop_Bm = seen_Bmn.shape[-1] - jnp.argmax(seen_Bmn[..., ::-1], axis=-1)
+    some_Bm1 = jnp.any(seen_Bmn, axis=-1, keepdims=True)
+    return jnp.where(some_Bm1, jnp.stack([start_Bm, stop_Bm], axis=-1), 0).astype(jnp.int32)

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.config import ConfigError, LayerPattern
+from dsv3_jax.kernels.windowed_attention.call import Call
 from dsv3_jax.kernels.windowed_attention.global_set import attend_with_globals
 from dsv3_jax.kernels.windowed_attention.intervals import (
     LOWER,
@@ -30,7 +31,7 @@ from dsv3_jax.kernels.windowed_attention.intervals import (
     schedule_by_query,
     visible_interval,
 )
-from dsv3_jax.ops.patterns import Place, reach
+from dsv3_jax.ops.patterns import reach
 
 LOWEST = -1e30  # where running maxima begin
 HIDDEN = -2e30  # the score of a key that is not seen: its exponential is 0 beside LOWEST too
@@ -447,36 +448,27 @@ def block_sizes(pattern: LayerPattern, length: int, width_bytes: int = 256) -> B
 
 
 def tpu_attention(
-    q_BTHN: jax.Array,
-    k_BTGN: jax.Array,
-    v_BTGM: jax.Array,
-    place: Place,
-    gate_BT: jax.Array | None,
-    pattern: LayerPattern,
-    causal: bool,
-    scale: float,
-    softcap: float | None,
-    max_segments: int,
-    *,
-    blocks: Blocks | None = None,
+    call: Call, *, blocks: Blocks | None = None, interpret: bool | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.windowed_attention`. On any other platform the kernels are interpreted, slowly.
+    """See `api.windowed_attention`.
 
     Args:
       blocks: multiples of 128; by default `block_sizes`.
+      interpret: runs the kernels without a TPU, slowly; by default wherever there is none.
     """
 
-    def local(q_BTHN, k_BTGN, v_BTGM):
+    def local(call: Call):
+        q_BTHN, k_BTGN, v_BTGM, place, pattern = call[:5]
         T = q_BTHN.shape[1]
         width_bytes = max(q_BTHN.shape[3], v_BTGM.shape[3]) * q_BTHN.dtype.itemsize
         q_block, k_block, chunk = blocks or block_sizes(pattern, T, width_bytes)
         if k_block % chunk or q_block % LANES or chunk % LANES:
             raise ValueError(f"blocks={blocks}: must be multiples of {LANES}, the key block one of the chunk")
         padding = -T % math.lcm(q_block, k_block)
-        pairs_S2 = block_pairs(pattern, causal, T, q_block, k_block)
-        interpret = jax.default_backend() != "tpu"
-        settings = _Settings(scale, softcap, q_block, k_block, chunk, pairs_S2, interpret)
-        first_BT, last_BT = visible_interval(pattern, causal, place)
+        pairs_S2 = block_pairs(pattern, call.causal, T, q_block, k_block)
+        interpreted = jax.default_backend() != "tpu" if interpret is None else interpret
+        settings = _Settings(call.scale, call.softcap, q_block, k_block, chunk, pairs_S2, interpreted)
+        first_BT, last_BT = visible_interval(pattern, call.causal, place)
 
         def heads_first(x_BTHN: jax.Array) -> jax.Array:
             return jnp.pad(jnp.swapaxes(x_BTHN, 1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
@@ -487,6 +479,4 @@ def tpu_attention(
         out_BHTM, lse_BH1T = cast(tuple[jax.Array, jax.Array], _attend(settings, *given))
         return jnp.swapaxes(out_BHTM, 1, 2)[:, :T], lse_BH1T[:, :, 0, :T]
 
-    return attend_with_globals(
-        local, q_BTHN, k_BTGN, v_BTGM, place, gate_BT, pattern, causal, scale, softcap, max_segments
-    )
+    return attend_with_globals(local, call)

@@ -1,0 +1,140 @@
+"""What our Mosaic GPU kernels share: matrix products of a warpgroup, loads in their layout, and a ring of buffers.
+
+A Hopper GPU (compute capability 9.0) multiplies matrices by `wgmma`: a warpgroup of 128 threads holds the result in its
+registers, in one fixed layout, and takes both factors from shared memory, or the left one from registers. In interpret
+mode there are no layouts, and the interpreter knows neither accumulators with a first value nor factors in registers:
+here plain JAX stands in for those few, so that everything else of a kernel (its copies, barriers, slots, loops, masks
+and arithmetic) is what runs on the chip.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUP_ROWS = 64  # of a product
+SWIZZLE_BYTES = 128
+SHARED_MEMORY = 232_448  # bytes a block of threads may have
+
+
+def width_of(dtype: Any) -> int:
+    """Elements in a swizzled row: the widths of matrices in shared memory are multiples of it."""
+    return SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
+
+
+def interpreter() -> Any:
+    """What makes `plgpu.kernel` interpret. A device of the host runs each warpgroup, and waits when it waits."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from 0.11 on
+
+    return InterpretGPUParams()
+
+
+@dataclasses.dataclass(frozen=True)
+class Warpgroup:
+    """The operations of a warpgroup; with `interpret`, their stand-ins."""
+
+    interpret: bool
+
+    def matrix(self, *shape: int, dtype: Any, swizzle: int = SWIZZLE_BYTES) -> Any:
+        """Shared memory for matrices [..., rows, width], laid out as `wgmma` reads them.
+
+        swizzle: in bytes, one for all factors of a kernel; a right factor has at least as many rows as it has elements.
+        """
+        if self.interpret:
+            return plgpu.SMEM(shape, dtype)
+        tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+    def zeros(self, rows: int, columns: int) -> jax.Array:
+        """A float32 result to add to."""
+        return self._laid_out(jnp.zeros((rows, columns), jnp.float32), plgpu.Layout.WGMMA)
+
+    def full(self, length: int, value: float) -> jax.Array:
+        """A float32 value for each row of a result."""
+        return self._laid_out(jnp.full((length,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+    def iota(self, shape: tuple[int, int], axis: int) -> jax.Array:
+        """The index along an axis of a result, int32."""
+        return self._laid_out(jax.lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
+
+    def load(self, ref: Any, of_rows: bool) -> jax.Array:
+        """A vector in shared memory, one element for each row of a result, or for each column."""
+        return self._laid_out(ref[...], plgpu.Layout.WGMMA.reduce(1 if of_rows else 0))
+
+    def products(
+        self, *terms: tuple[jax.Array, Any, Any, bool], meanwhile: Callable[[], None] = lambda: None
+    ) -> tuple[jax.Array, ...]:
+        """acc + a · b, or acc + a · bᵀ, of each (acc, a, b, transpose_b); all are issued before one is waited for.
+
+        a: in shared memory or, in the 16-bit dtype of b, in registers. b: in shared memory. meanwhile: what is done
+        between.
+        """
+        if self.interpret:
+            meanwhile()
+            return tuple(acc + _plain_product(a, b, transpose_b) for acc, a, b, transpose_b in terms)
+
+        def body(acc_refs):
+            for acc_ref, (_, a, b, transpose_b) in zip(acc_refs, terms, strict=True):
+                plgpu.wgmma(acc_ref, a, plgpu.transpose_ref(b, (1, 0)) if transpose_b else b)
+            meanwhile()
+
+        return cast(Any, pl.run_state(body)(tuple(plgpu.ACC.init(acc) for acc, *_ in terms)))
+
+    def _laid_out(self, x: jax.Array, layout: Any) -> jax.Array:
+        return x if self.interpret else plgpu.layout_cast(x, layout)
+
+
+def _plain_product(a: Any, b: Any, transpose_b: bool) -> jax.Array:
+    a, b = a if isinstance(a, jax.Array) else a[...], b[...]
+    return jnp.dot(a, b.T if transpose_b else b, preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Buffers in shared memory, one a slot, that one warpgroup fills and others read, step by step.
+
+    full, free: a barrier for each slot (`barriers`).
+    """
+
+    slots: int
+    full: Any
+    free: Any
+
+    @staticmethod
+    def barriers(slots: int, copies: int, readers: int) -> tuple[Any, Any]:
+        """What to allocate for `full` and `free`. copies: into a slot, a step. readers: warpgroups."""
+        return (
+            plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
+        )
+
+    def slot(self, step: Any) -> Any:
+        """The slot of a step."""
+        return jax.lax.rem(step, jnp.int32(self.slots))
+
+    def claim(self, step: Any) -> tuple[Any, Any]:
+        """(slot, barrier that the copies into it arrive at), once all have released it."""
+        slot = self.slot(step)
+        pl.when(step >= self.slots)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+        return slot, self.full.at[slot]
+
+    def wait(self, step: Any) -> Any:
+        """The slot of a step, once it is full."""
+        slot = self.slot(step)
+        plgpu.barrier_wait(self.full.at[slot])
+        return slot
+
+    def release(self, step: Any) -> None:
+        """This warpgroup has read the slot of a step."""
+        plgpu.barrier_arrive(self.free.at[self.slot(step)])
+
+    def drain(self, steps: Any) -> None:
+        """The warpgroup that fills waits until all have released every slot. After `steps` steps."""
+
+        @pl.loop(jnp.maximum(steps - self.slots, 0), steps)
+        def _(step):
+            plgpu.barrier_wait(self.free.at[self.slot(step)])
