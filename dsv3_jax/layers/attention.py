@@ -6,13 +6,14 @@ from flax import linen as nn
 
 from dsv3_jax import axes
 from dsv3_jax.config import LayerPattern, LearnedGlobal, ModelConfig, Sparse
+from dsv3_jax.kernels.decode_attention import decode_attention
 from dsv3_jax.kernels.sparse_attention import sparse_attention
 from dsv3_jax.kernels.windowed_attention import windowed_attention
 from dsv3_jax.layers.common import parameter, weight
 from dsv3_jax.layers.indexer import Gate, Indexer
 from dsv3_jax.layers.inputs import CacheStep, Packing
 from dsv3_jax.layers.projections import Heads, make_projection, softmax_scale, stored_keys_values
-from dsv3_jax.ops.attention import add_sink, reference_attention
+from dsv3_jax.ops.attention import add_sink
 from dsv3_jax.ops.caches import LayerCache, cache_layout, fill, slot_positions, write
 from dsv3_jax.ops.indexing import Index, index_scores
 from dsv3_jax.ops.patterns import Place, local_mask, visible
@@ -125,13 +126,13 @@ class Attention(nn.Module):
             assert index is not None
             scores_BTS = jnp.where(mask_BTS, index_scores(index._replace(k_BSI=cache[-1])), -jnp.inf)
             return _attend_best(heads.q_BTHN, keys, values, scores_BTS, pattern.top_k, scale, softcap)
-        return reference_attention(heads.q_BTHN, keys, values, mask_BTS, scale, bias_BTS, softcap)
+        return decode_attention(heads.q_BTHN, keys, values, mask_BTS, scale=scale, bias_BTS=bias_BTS, softcap=softcap)
 
 
 def _attend_best(
     q_BTHN: jax.Array,
     k_BSGN: jax.Array,
-    v_BSGM: jax.Array,
+    v_BSGM: jax.Array | int,
     scores_BTS: jax.Array,
     count: int,
     scale: float,
@@ -147,5 +148,6 @@ def _attend_best(
 
     q = q_BTHN.reshape(B * T, 1, *q_BTHN.shape[2:])
     mask = (best_BTK > -jnp.inf).reshape(B * T, 1, count)
-    out, lse = reference_attention(q, gather(k_BSGN), gather(v_BSGM), mask, scale, softcap=softcap)
+    values = v_BSGM if isinstance(v_BSGM, int) else gather(v_BSGM)
+    out, lse = decode_attention(q, gather(k_BSGN), values, mask, scale=scale, softcap=softcap)
     return out.reshape(B, T, *out.shape[2:]), jnp.swapaxes(lse.reshape(B, T, -1), 1, 2)

@@ -17,8 +17,8 @@ LATENT_NORM_EPSILON = 1e-6  # whatever the model's: as the published code has it
 class Heads:
     """Queries, keys and values of one layer.
 
-    stored: what a cache keeps of each token. In the absorbed form, queries and stored keys are those of latent
-    attention's latent space, and `w_value_CHM` turns what attention returns into values.
+    stored: what a cache keeps of each token, [B, T, heads · width]. In the absorbed form, queries and stored keys are
+    those of latent attention's latent space, and `w_value_CHM` turns what attention returns into values.
     query_input_BTQ: what an indexer makes its queries from.
     """
 
@@ -67,7 +67,8 @@ class GroupedQueryProjection(nn.Module):
             q_BTHN = RMSNorm(self.config.norm_epsilon, name="q_norm")(q_BTHN)
             k_BTGN = RMSNorm(self.config.norm_epsilon, name="k_norm")(k_BTGN)
         q_BTHN, k_BTGN = apply_rope(q_BTHN, rope), apply_rope(k_BTGN, rope)
-        return Heads(q_BTHN, k_BTGN, v_BTGN, (k_BTGN, v_BTGN), x_BTD)
+        stored = tuple(x_BTGN.reshape(*x_BTGN.shape[:2], G * N) for x_BTGN in (k_BTGN, v_BTGN))
+        return Heads(q_BTHN, k_BTGN, v_BTGN, stored, x_BTD)
 
 
 class LatentProjection(nn.Module):
@@ -105,17 +106,18 @@ class LatentProjection(nn.Module):
         k_rope_BT1R = apply_rope(k_rope_BTR[:, :, None], rope)
         q_nope, q_rope = jnp.split(q_BTHN, [nope], axis=-1)
         q_rope = apply_rope(q_rope, rope)
-        stored = (jnp.concatenate([latent_BTC[:, :, None], k_rope_BT1R], axis=-1),)
+        stored_BTX = jnp.concatenate([latent_BTC, k_rope_BT1R[:, :, 0]], axis=-1)
         if absorbed:
             w_key_CHN, w_value_CHM = jnp.split(w_kv_up, [nope], axis=-1)
             q_BTHC = jnp.einsum("BTHN,CHN->BTHC", q_nope, w_key_CHN)
             q_BTHX = jnp.concatenate([q_BTHC, q_rope], axis=-1)
-            return Heads(q_BTHX, stored[0], latent_BTC[:, :, None], stored, query_input_BTQ, w_value_CHM)
+            k_BT1X, v_BT1C = stored_BTX[:, :, None], latent_BTC[:, :, None]
+            return Heads(q_BTHX, k_BT1X, v_BT1C, (stored_BTX,), query_input_BTQ, w_value_CHM)
         k_nope, v_BTHM = jnp.split(jnp.einsum("BTC,CHX->BTHX", latent_BTC, w_kv_up), [nope], axis=-1)
         k_rope = jnp.broadcast_to(k_rope_BT1R, (*k_nope.shape[:3], R))
         q_BTHN = jnp.concatenate([q_nope, q_rope], axis=-1)
         k_BTHN = jnp.concatenate([k_nope, k_rope], axis=-1)
-        return Heads(q_BTHN, k_BTHN, v_BTHM, stored, query_input_BTQ)
+        return Heads(q_BTHN, k_BTHN, v_BTHM, (stored_BTX,), query_input_BTQ)
 
 
 def make_projection(config: ModelConfig, name: str | None = None) -> GroupedQueryProjection | LatentProjection:
@@ -127,19 +129,22 @@ def make_projection(config: ModelConfig, name: str | None = None) -> GroupedQuer
             return LatentProjection(config, projection, name=name)
 
 
-def stored_keys_values(config: ModelConfig, stored: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """Keys and values for queries in the absorbed form, from what a cache keeps."""
-    match config.attention.projection:
-        case GroupedQuery():
-            return stored[0], stored[1]
-        case Latent(latent_dim=C):
-            return stored[0], stored[0][..., :C]
-
-
-def stored_shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """Shape [heads, width] of each array that a cache keeps of a token."""
+def stored_keys_values(config: ModelConfig, stored: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array | int]:
+    """Keys and values [B, S, heads, width] for queries in the absorbed form, from what a cache keeps, [B, S, heads ·
+    width]: a latent's value is the first elements of its key, and their number is given."""
     match config.attention.projection:
         case GroupedQuery(num_kv_heads=G, head_dim=N):
-            return ((G, N), (G, N))
+            k_BSGN, v_BSGN = (x_BSX.reshape(*x_BSX.shape[:2], G, N) for x_BSX in stored)
+            return k_BSGN, v_BSGN
+        case Latent(latent_dim=C):
+            return stored[0][:, :, None], C
+
+
+def stored_widths(config: ModelConfig) -> tuple[int, ...]:
+    """Width of each array that a cache keeps of a token: of all its heads, which on TPUs are stored without gaps only
+    if they are one dimension."""
+    match config.attention.projection:
+        case GroupedQuery(num_kv_heads=G, head_dim=N):
+            return (G * N, G * N)
         case Latent(latent_dim=C, rope_head_dim=R):
-            return ((1, C + R),)
+            return (C + R,)

@@ -16,7 +16,7 @@ from dsv3_jax.layers.common import RMSNorm, parameter
 from dsv3_jax.layers.inputs import CacheStep, Packing, make_packing
 from dsv3_jax.layers.moe import BIAS_COLLECTION
 from dsv3_jax.layers.mtp import PredictionModule, shift
-from dsv3_jax.layers.projections import stored_shapes
+from dsv3_jax.layers.projections import stored_widths
 from dsv3_jax.models.prediction import Prediction, predict_all, run_module
 from dsv3_jax.models.stack import (
     LayerGroup,
@@ -309,7 +309,7 @@ def _make_cache(config: ModelConfig, layer_numbers: Sequence[int], batch: int, m
     for layer in layer_numbers:
         pattern = layer_pattern(config, layer)
         slots = cache_layout(pattern, max_length, step).slots
-        arrays = [jnp.zeros((batch, slots, *shape), config.compute_dtype) for shape in stored_shapes(config)]
+        arrays = [jnp.zeros((batch, slots, width), config.compute_dtype) for width in stored_widths(config)]
         if isinstance(pattern, LearnedGlobal):
             arrays.append(jnp.zeros((batch, slots), jnp.float32))
         if isinstance(pattern, Sparse):

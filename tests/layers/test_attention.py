@@ -160,7 +160,7 @@ def test_a_window_keeps_a_ring_and_its_global_keys_and_latent_attention_keeps_la
     assert numbers(make_model("latent", "sparse"), 100) == [100 * (8 + 8 + 16)] * 2
     deepseek = c.load("configs/dsv3_671b.py").model
     cache = jax.eval_shape(lambda: make_cache(deepseek, 1, 4096))
-    assert cache.layers[0][0].shape == (1, 4096, 1, 576)  # the published 576 values a token and layer
+    assert cache.layers[0][0].shape == (1, 4096, 576)  # the published 576 values a token and layer
 
 
 def test_what_does_not_fit_a_cache_is_refused(tokens):

@@ -1,0 +1,62 @@
+"""Picks an implementation of attention to a cache."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax import axes
+from dsv3_jax.kernels.decode_attention.pallas_tpu import tpu_decode_attention
+from dsv3_jax.kernels.decode_attention.reference import whole_attention
+from dsv3_jax.sharding import per_shard
+
+IMPLEMENTATIONS = {"pallas_tpu": tpu_decode_attention, "reference": whole_attention}
+
+
+def default_implementation(dtype: Any) -> str:
+    """The platform's kernel if there is one that takes this dtype, else "reference"."""
+    return "pallas_tpu" if jax.default_backend() == "tpu" and dtype != jnp.float16 else "reference"
+
+
+def decode_attention(
+    q_BTHN: jax.Array,
+    k_BSGN: jax.Array,
+    v_BSGM: jax.Array | int,
+    mask_BTS: jax.Array,
+    *,
+    scale: float,
+    bias_BTS: jax.Array | None = None,
+    softcap: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """softmax(softcap(scale · q kᵀ) + bias) v of T new tokens, one or a few, to the S slots of a cache.
+
+    For inference: kernels have no gradient. S is read once whatever T.
+
+    Args:
+      v_BSGM: values, or their width M where they are the first M elements of the keys (latent attention, absorbed).
+      mask_BTS: bool, which slots a token sees. bias_BTS: float32, added to the scores of those.
+      implementation: "pallas_tpu" (elsewhere than on a TPU it is interpreted, for tests) or "reference"; by default
+        `default_implementation`.
+
+    Returns:
+      out_BTHM in the dtype of the cache, and lse_BHT float32. A token that sees nothing gives zeros and −inf.
+
+    Raises:
+      ValueError: an unknown implementation.
+    """
+    name = implementation or default_implementation(q_BTHN.dtype)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
+    bias_BTS = jnp.where(mask_BTS, 0.0 if bias_BTS is None else bias_BTS, -jnp.inf).astype(jnp.float32)
+    if name == "reference":  # XLA splits it
+        return whole_attention(q_BTHN, k_BSGN, v_BSGM, bias_BTS, scale, softcap)
+    values = [] if isinstance(v_BSGM, int) else [v_BSGM]
+
+    def attend(q, bias, k, *values):
+        return IMPLEMENTATIONS[name](q, k, values[0] if values else v_BSGM, bias, scale, softcap)
+
+    of_keys = (axes.BATCH, None, axes.KV_HEADS, None)
+    inputs = [(q_BTHN, (axes.BATCH, None, axes.HEADS, None)), (bias_BTS, (axes.BATCH, None, None))]
+    inputs += [(x, of_keys) for x in (k_BSGN, *values)]
+    return per_shard(attend, inputs, (inputs[0][1], (axes.BATCH, axes.HEADS, None)))

@@ -1,0 +1,121 @@
+"""Attention to a cache: the kernel, interpreted, against the oracle, and compiled for TPUs."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.kernels.decode_attention import decode_attention
+from dsv3_jax.kernels.decode_attention.pallas_tpu import block_size, tpu_decode_attention
+from dsv3_jax.ops.caches import CacheLayout, slot_positions
+from tests.conftest import assert_close
+
+ROOT = pathlib.Path(__file__).parents[2]
+S = 300
+
+
+def inputs(T, H, G, N, M, dtype=jnp.float32):
+    """Queries, keys, values (M an int: of latent attention), of two rows."""
+    keys = jax.random.split(jax.random.key(T), 3)
+    q, k = (
+        jax.random.normal(key, (2, *shape), dtype) for key, shape in zip(keys, ((T, H, N), (S, G, N)), strict=False)
+    )
+    return q, k, M if G == 1 and M < N else jax.random.normal(keys[2], (2, S, G, M), dtype)
+
+
+def ring_mask(T, window):
+    """Of a ring after 417 tokens, and of one that holds only 20: what the last T tokens see of the slots."""
+    length_B = jnp.array([417, 20])
+    slot_BS = slot_positions(CacheLayout(S), length_B)[:, None, :]
+    position_BT = (length_B[:, None] - T + jnp.arange(T))[:, :, None]
+    return (slot_BS >= 0) & (slot_BS <= position_BT) & (slot_BS > position_BT - window)
+
+
+CASES = {
+    "one token, grouped": (1, 4, 2, 16, 16, None),
+    "a draft of three, soft-cap": (3, 4, 2, 16, 8, 5.0),
+    "latent": (1, 8, 1, 24, 16, None),
+    "latent, a draft of two": (2, 8, 1, 24, 16, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_log_sum_exp_are_the_oracles(case):
+    T, *shape, softcap = CASES[case]
+    q, k, v = inputs(T, *shape)
+    mask = ring_mask(T, 100).at[1, 0].set(False)  # one token sees nothing
+    bias = jax.random.normal(jax.random.key(5), mask.shape)
+    more = {"scale": 0.3, "bias_BTS": bias, "softcap": softcap}
+    actual = decode_attention(q, k, v, mask, implementation="pallas_tpu", **more)
+    expected = decode_attention(q, k, v, mask, implementation="reference", **more)
+    np.testing.assert_array_equal(actual[0][1, 0], 0)
+    np.testing.assert_array_equal(jnp.isneginf(actual[1]), jnp.isneginf(expected[1]))
+    finite = [jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), result) for result in (actual, expected)]
+    assert_close(*finite, 1e-5)
+
+
+@pytest.mark.quick
+def test_blocks_that_nobody_sees_are_not_read():
+    """NaN in them would show: 0 · NaN is NaN."""
+    q, k, v = inputs(1, 4, 2, 16, 16)
+    mask = jnp.broadcast_to(jnp.arange(S) >= 256, (2, 1, S))
+    poisoned = [jnp.where((jnp.arange(S) < 256)[:, None, None], jnp.nan, x) for x in (k, v)]
+    bias = jnp.where(mask, 0.0, -jnp.inf)
+    actual = tpu_decode_attention(q, *poisoned, bias, 0.3, None, block=128)
+    assert_close(actual, decode_attention(q, k, v, mask, scale=0.3, implementation="reference"), 1e-5)
+
+
+@pytest.mark.quick
+def test_blocks_fit_and_unknown_names_are_refused():
+    assert block_size(32768, 576 * 2) == 1024 and block_size(32768, 8192) == 256 and block_size(70, 64) == 128
+    assert block_size(32768, 2**20) == 128
+    q, k, v = inputs(1, 4, 2, 16, 16)
+    with pytest.raises(ValueError, match="implementation='flash': must be one of pallas_tpu, reference"):
+        decode_attention(q, k, v, ring_mask(1, 9), scale=1.0, implementation="flash")
+
+
+PROGRAM = """
+import sys
+from dsv3_jax.planning.topologies import prepare_tpu_compiler, tpu_topology
+prepare_tpu_compiler(sys.argv[1])
+import jax, jax.numpy as jnp, numpy as np
+from dsv3_jax.kernels.decode_attention.pallas_tpu import tpu_decode_attention
+jax.config.update("jax_enable_compilation_cache", False)
+mesh = jax.sharding.Mesh(np.array(tpu_topology(sys.argv[1]).devices[:1]), ("x",))
+sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+for T, S, H, G, N, M in ((1, 32768, 128, 1, 576, 512), (4, 32768, 128, 1, 576, 512), (1, 131072, 32, 8, 128, 128),
+                         (2, 4096, 8, 2, 64, 64), (1, 70, 4, 2, 16, 8)):
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+    def run(q, bias, k, *v):  # a cache has the heads of a token in one dimension
+        values = v[0].reshape(2, S, G, M) if v else M
+        return tpu_decode_attention(q, k.reshape(2, S, G, N), values, bias, 0.1, None, interpret=False)
+    arrays = [shape(2, S, G * N)] if G == 1 else [shape(2, S, G * N), shape(2, S, G * M)]
+    compiled = jax.jit(run).lower(shape(2, T, H, N), shape(2, T, S, dtype=jnp.float32), *arrays).compile()
+    print(T, S, compiled.memory_analysis().temp_size_in_bytes, compiled.as_text().count("tpu_custom_call"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make peers")
+@pytest.mark.parametrize("kind", ["v5p", "v6e"])
+def test_the_kernel_compiles_and_needs_little_memory(kind):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, kind], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(lines) == 5
+    for T, slots, temporary, kernels in lines:
+        assert kernels >= 1
+        # Biases, of a token and a slot, and numbers of blocks. On v5p XLA gives a program's input that is 576 wide, no
+        # multiple of its 128 lanes, another layout, and copies it once.
+        copied = 2 * slots * 640 * 2 if kind == "v5p" and slots == 32768 else 0
+        assert temporary < 2 * T * slots * 32 + 2**20 + copied, (T, slots, temporary)
