@@ -118,7 +118,7 @@ Expert = FeedForward | DeepExpert
 
 # Dispatch.
 
-GROUPED_KERNELS = ("bucketed", "ragged_dot", "reference")
+GROUPED_KERNELS = ("bucketed", "pallas_gpu", "pallas_tpu", "ragged_dot", "reference")
 
 
 @dataclass

@@ -8,8 +8,8 @@ and arithmetic) is what runs on the chip.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WARPGROUP_ROWS = 64  # of a product
 SWIZZLE_BYTES = 128
-SHARED_MEMORY = 232_448  # bytes a block of threads may have
 
 
 def width_of(dtype: Any) -> int:
     """Elements in a swizzled row: the widths of matrices in shared memory are multiples of it."""
     return SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
+
+
+def refusal(dtype: Any) -> str | None:
+    """Why the kernels cannot run inputs of this dtype here; None if they can."""
+    if jax.default_backend() != "gpu":  # interpreted: a thread waits for each warpgroup
+        return (
+            None
+            if len(jax.local_devices()) >= 4
+            else ("interpreting it takes four threads: set XLA_FLAGS=--xla_force_host_platform_device_count=4 or more")
+        )
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"tensor cores multiply bfloat16 and float16, not {jnp.dtype(dtype).name}"
+    if (capability := jax.local_devices()[0].compute_capability) != "9.0":
+        return f"it is written for Hopper, compute capability 9.0; this GPU has {capability}"
+    return None
 
 
 def interpreter() -> Any:
@@ -65,32 +79,74 @@ class Warpgroup:
         """A vector in shared memory, one element for each row of a result, or for each column."""
         return self._laid_out(ref[...], plgpu.Layout.WGMMA.reduce(1 if of_rows else 0))
 
+    def transposed(self, matrix: Any) -> Any:
+        """A matrix in shared memory as a factor, read across."""
+        return _Transposed(matrix) if self.interpret else plgpu.transpose_ref(matrix, (1, 0))
+
     def products(
-        self, *terms: tuple[jax.Array, Any, Any, bool], meanwhile: Callable[[], None] = lambda: None
+        self, *terms: tuple[jax.Array, Any, Any], meanwhile: Callable[[], None] = lambda: None
     ) -> tuple[jax.Array, ...]:
-        """acc + a · b, or acc + a · bᵀ, of each (acc, a, b, transpose_b); all are issued before one is waited for.
+        """acc + a · b of each (acc, a, b); all are issued before one is waited for.
 
         a: in shared memory or, in the 16-bit dtype of b, in registers. b: in shared memory. meanwhile: what is done
         between.
         """
         if self.interpret:
             meanwhile()
-            return tuple(acc + _plain_product(a, b, transpose_b) for acc, a, b, transpose_b in terms)
+            return tuple(acc + _plain_product(a, b) for acc, a, b in terms)
 
         def body(acc_refs):
-            for acc_ref, (_, a, b, transpose_b) in zip(acc_refs, terms, strict=True):
-                plgpu.wgmma(acc_ref, a, plgpu.transpose_ref(b, (1, 0)) if transpose_b else b)
+            for acc_ref, (_, a, b) in zip(acc_refs, terms, strict=True):
+                plgpu.wgmma(acc_ref, a, b)
             meanwhile()
 
         return cast(Any, pl.run_state(body)(tuple(plgpu.ACC.init(acc) for acc, *_ in terms)))
+
+    def contraction(
+        self, ring: "Ring", steps: Any, shapes: Sequence[tuple[int, int]], factors: Callable[[Any, Any], Any]
+    ) -> list[jax.Array]:
+        """Σ a · b over the steps of a ring, of each shape. factors(step, slot): (a, b) of each, in shared memory.
+
+        The products of a step are in flight while the next one's are issued: a slot is released a step late.
+        """
+        if self.interpret:
+
+            def turn(step, accs):
+                terms = factors(step, ring.wait(step))
+                accs = [acc + _plain_product(a, b) for acc, (a, b) in zip(accs, terms, strict=True)]
+                ring.release(step)
+                return accs
+
+            return jax.lax.fori_loop(0, steps, turn, [self.zeros(*shape) for shape in shapes])
+
+        def scope(*acc_refs):
+            @pl.loop(0, steps)
+            def _(step):
+                slot = ring.wait(step)
+                for acc_ref, (a, b) in zip(acc_refs, factors(step, slot), strict=True):
+                    plgpu.wgmma(acc_ref, a, b)
+                plgpu.wgmma_wait(len(shapes))
+                pl.when(step > 0)(lambda: ring.release(step - 1))
+
+            accs = [acc_ref[...] for acc_ref in acc_refs]
+            pl.when(steps > 0)(lambda: ring.release(steps - 1))
+            return accs
+
+        return cast(Any, pl.run_scoped(scope, *(plgpu.ACC(shape, jnp.float32) for shape in shapes)))
 
     def _laid_out(self, x: jax.Array, layout: Any) -> jax.Array:
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
 
-def _plain_product(a: Any, b: Any, transpose_b: bool) -> jax.Array:
-    a, b = a if isinstance(a, jax.Array) else a[...], b[...]
-    return jnp.dot(a, b.T if transpose_b else b, preferred_element_type=jnp.float32)
+class _Transposed(NamedTuple):
+    matrix: Any
+
+
+def _plain_product(a: Any, b: Any) -> jax.Array:
+    def value(x: Any) -> jax.Array:
+        return x.matrix[...].T if isinstance(x, _Transposed) else x if isinstance(x, jax.Array) else x[...]
+
+    return jnp.dot(value(a), value(b), preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

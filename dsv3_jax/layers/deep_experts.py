@@ -209,7 +209,8 @@ class DeepExperts(nn.Module):
 
     def _grouped_matmul(self) -> GroupedMatmul:
         dispatch = self.moe.dispatch
-        return pick_matmul(dispatch.implementation if isinstance(dispatch, GroupedDispatch) else None)
+        name = dispatch.implementation if isinstance(dispatch, GroupedDispatch) else None
+        return pick_matmul(name, self.config.compute_dtype)
 
 
 def _parts(expert_BN: jax.Array, document_BN: jax.Array, present_BN: jax.Array) -> Place:

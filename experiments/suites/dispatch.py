@@ -73,7 +73,7 @@ def contenders(shape: Shape) -> dict[str, Callable]:
         y_BTD = capacity_dispatch(x_BTD, weights_BTK, jnp.where(keep_BTK, experts_BTK, E), w_in, w_out, slots)
         return y_BTD.reshape(x_PD.shape)
 
-    default = default_implementation()
+    default = default_implementation(jnp.float32)
     other = "ragged_dot" if default == "bucketed" else "bucketed"
     grouped = {f"grouped, {name}": functools.partial(grouped_experts, implementation=name) for name in (default, other)}
     return grouped | {"dense": dense_dispatch, f"capacity {FACTOR}": capacity}

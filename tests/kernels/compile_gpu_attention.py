@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+from typing import Any
 
 from dsv3_jax.planning.topologies import gpu_topology, prepare_gpu_compiler
 
@@ -30,6 +31,21 @@ def read_report(text: str) -> list[dict]:
         found = {"spills": int(spills[1]), "wgmma": matrix_instructions.get(name, 0)}
         kernels.append({"kernel": name, **found, "serialized": "wgmma.mma_async instructions are serialized" in text})
     return kernels
+
+
+def compile_reported(function, *args) -> tuple[Any, list[dict]]:
+    """The compiled function, and `read_report` of what was printed meanwhile: from C++, so descriptors are turned."""
+    import jax
+
+    with tempfile.TemporaryFile() as printed:
+        kept = os.dup(1), os.dup(2)
+        os.dup2(printed.fileno(), 1), os.dup2(printed.fileno(), 2)
+        try:
+            compiled = jax.jit(function).lower(*args).compile()
+        finally:
+            os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+        printed.seek(0)
+        return compiled, read_report(printed.read().decode(errors="replace"))
 
 
 def main(kind: str, cases: list[str]) -> None:
@@ -62,16 +78,7 @@ def main(kind: str, cases: list[str]) -> None:
 
         tokens = shape(1, T, dtype=jnp.int32)
         args = shape(1, T, 2, N), shape(1, T, 1, N), shape(1, T, 1, M), tokens, tokens
-        with tempfile.TemporaryFile() as printed:
-            # Pallas prints from C++: the descriptors themselves are turned
-            kept = os.dup(1), os.dup(2)
-            os.dup2(printed.fileno(), 1), os.dup2(printed.fileno(), 2)
-            try:
-                compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*args).compile()
-            finally:
-                os.dup2(kept[0], 1), os.dup2(kept[1], 2)
-            printed.seek(0)
-            kernels = read_report(printed.read().decode(errors="replace"))
+        compiled, kernels = compile_reported(jax.grad(loss, argnums=(0, 1, 2)), *args)
         temporary = compiled.memory_analysis().temp_size_in_bytes
         print(json.dumps({"case": case, "temporary": temporary, "kernels": kernels}), flush=True)
 

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.config import ConfigError
 from dsv3_jax.kernels.decode_attention import decode_attention
+from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
 from dsv3_jax.kernels.decode_attention.pallas_tpu import block_size, tpu_decode_attention
 from dsv3_jax.ops.caches import CacheLayout, slot_positions
 from tests.conftest import assert_close
@@ -45,14 +47,19 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_outputs_and_log_sum_exp_are_the_oracles(case):
+# The GPU's interpreter takes half a minute a case.
+EVERY = [pytest.param("pallas_tpu", case) for case in CASES]
+EVERY += [pytest.param("pallas_gpu", case, marks=pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize(("implementation", "case"), EVERY)
+def test_outputs_and_log_sum_exp_are_the_oracles(implementation, case):
     T, *shape, softcap = CASES[case]
     q, k, v = inputs(T, *shape)
     mask = ring_mask(T, 100).at[1, 0].set(False)  # one token sees nothing
     bias = jax.random.normal(jax.random.key(5), mask.shape)
     more = {"scale": 0.3, "bias_BTS": bias, "softcap": softcap}
-    actual = decode_attention(q, k, v, mask, implementation="pallas_tpu", **more)
+    actual = decode_attention(q, k, v, mask, implementation=implementation, **more)
     expected = decode_attention(q, k, v, mask, implementation="reference", **more)
     np.testing.assert_array_equal(actual[0][1, 0], 0)
     np.testing.assert_array_equal(jnp.isneginf(actual[1]), jnp.isneginf(expected[1]))
@@ -76,8 +83,22 @@ def test_blocks_fit_and_unknown_names_are_refused():
     assert block_size(32768, 576 * 2) == 1024 and block_size(32768, 8192) == 256 and block_size(70, 64) == 128
     assert block_size(32768, 2**20) == 128
     q, k, v = inputs(1, 4, 2, 16, 16)
-    with pytest.raises(ValueError, match="implementation='flash': must be one of pallas_tpu, reference"):
+    with pytest.raises(ConfigError, match="implementation='flash': must be one of pallas_gpu, pallas_tpu, reference"):
         decode_attention(q, k, v, ring_mask(1, 9), scale=1.0, implementation="flash")
+    wide = jnp.zeros((2, S, 1, 576))
+    with pytest.raises(ConfigError, match="'pallas_gpu': values 576 wide do not fit .* at most 512"):
+        decode_attention(wide[:, :1], wide, wide, ring_mask(1, 9), scale=1.0, implementation="pallas_gpu")
+
+
+@pytest.mark.slow
+def test_slots_are_split_over_blocks_of_threads_and_merged():
+    """Values 300 wide take two warpgroups. Of the second row one block is seen: two shares have none."""
+    q, k, _ = inputs(1, 8, 1, 330, 300)
+    mask = ring_mask(1, 100)
+    k = jnp.where((jnp.arange(S) >= 32)[None, :, None, None] & (jnp.arange(2) == 1)[:, None, None, None], jnp.nan, k)
+    actual = gpu_decode_attention(q, k, 300, jnp.where(mask, 0.0, -jnp.inf), 0.3, None, splits=3)
+    seen = jnp.where(jnp.isnan(k), 0.0, k)
+    assert_close(actual, decode_attention(q, seen, 300, mask, scale=0.3, implementation="reference"), 1e-5)
 
 
 PROGRAM = """
@@ -85,6 +106,7 @@ import sys
 from dsv3_jax.planning.topologies import prepare_tpu_compiler, tpu_topology
 prepare_tpu_compiler(sys.argv[1])
 import jax, jax.numpy as jnp, numpy as np
+from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
 from dsv3_jax.kernels.decode_attention.pallas_tpu import tpu_decode_attention
 jax.config.update("jax_enable_compilation_cache", False)
 mesh = jax.sharding.Mesh(np.array(tpu_topology(sys.argv[1]).devices[:1]), ("x",))

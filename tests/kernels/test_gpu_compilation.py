@@ -10,39 +10,90 @@ import pytest
 
 from dsv3_jax.planning.topologies import has_gpu_compiler
 
-SCRIPT = pathlib.Path(__file__).parent / "compile_gpu_attention.py"
-ROOT = SCRIPT.parents[2]
+FOLDER = pathlib.Path(__file__).parent
+ROOT = FOLDER.parents[1]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not has_gpu_compiler(), reason="the compiler for GPUs is not installed: make peers"),
 ]
 
 
-def compiled(*cases: str) -> dict[str, dict]:
-    """Case -> what compiler and assembler say of it."""
+def reported(arguments: list[str]) -> dict[str, dict]:
+    """Case -> what compiler and assembler say of it, by a Python program that prints a JSON object a case."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(SCRIPT), "h100", *cases]
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
+def compiled(script: str, *cases: str) -> dict[str, dict]:
+    return reported([str(FOLDER / script), "h100", *cases])
+
+
 def test_kernels_multiply_on_tensor_cores_spill_nothing_and_need_no_memory_of_the_square():
     lengths, widths = (4096, 131072), ("128,128", "192,128")
-    found = compiled(*(f"{T},{width},512" for T in lengths for width in widths), "32768,128,128,4096", "8192,64,64,0")
+    cases = *(f"{T},{width},512" for T in lengths for width in widths), "32768,128,128,4096", "8192,64,64,0"
+    found = compiled("compile_gpu_attention.py", *cases)
     for case, line in found.items():
         T, N, M, _ = map(int, case.split(","))
         assert {kernel["kernel"].split("_")[0] for kernel in line["kernels"]} == {"forward", "dq", "dkv"}
         for kernel in line["kernels"]:
             assert kernel["spills"] == 0 and not kernel["serialized"], (case, kernel)
-            # Each product of the innermost step, 16 elements of what it contracts at a time.
-            assert kernel["wgmma"] >= (N + M) // 16, (case, kernel)
+            # Scores contract N and the product after them a block of keys, 16 elements an instruction.
+            assert kernel["wgmma"] >= N // 16 + 4, (case, kernel)
         # Outputs, numbers of each query, and what the global keys take in plain JAX.
         assert line["temporary"] < 16 * T * 2 * 128, (case, line["temporary"])
 
 
 def test_odd_shapes_compile_and_spill_little():
     """float16, a soft-cap, rows that fill no block, narrow heads; the widest heads with a soft-cap spill 32 bytes."""
-    for case, line in compiled("300,24,16,90,float16", "1000,192,128,0,float16", "2,64,64,0").items():
+    cases = "300,24,16,90,float16", "1000,192,128,0,float16", "2,64,64,0"
+    for case, line in compiled("compile_gpu_attention.py", *cases).items():
         assert len(line["kernels"]) == 3
         assert all(kernel["spills"] <= 32 for kernel in line["kernels"]), case
+
+
+def test_experts_multiply_on_tensor_cores_spill_nothing_and_hold_no_rows_in_float32():
+    """32 of DeepSeek-V3's 256 experts on a GPU, 8 of them a token; and small and odd ones in float16."""
+    found = compiled("compile_gpu_grouped_matmul.py", "4096,8,32,7168,2048", "300,2,5,7,6,float16")
+    for case, line in found.items():
+        names = sorted(kernel["kernel"].split("_mosaic")[0] for kernel in line["kernels"])
+        assert set(names) == {"grouped_groups", "grouped_rows", "grouped_swiglu"}, names
+        for kernel in line["kernels"]:
+            assert kernel["spills"] == 0 and not kernel["serialized"], (case, kernel)
+            assert kernel["wgmma"] >= 2 * 64 // 16, (case, kernel)  # two tiles, 16 deep an instruction
+    P, K, E, D, F = 4096, 8, 32, 7168, 2048
+    line = found["4096,8,32,7168,2048"]
+    assert line["float32"] == []
+    assert line["temporary"] < 2 * (E * D * 2 * F + 4 * P * K * D)
+
+
+PROGRAM = """
+import json, sys
+from dsv3_jax.planning.topologies import gpu_topology, prepare_gpu_compiler
+from tests.kernels.compile_gpu_attention import compile_reported
+prepare_gpu_compiler("h100", dump_ptx=True)
+import jax, jax.numpy as jnp, numpy as np
+from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
+jax.config.update("jax_enable_compilation_cache", False)
+mesh = jax.sharding.Mesh(np.array(gpu_topology("h100").devices[:1]), ("x",))
+sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+for T, S, H, G, N, M in ((1, 32768, 128, 1, 576, 512), (4, 32768, 128, 1, 576, 512), (1, 131072, 32, 8, 128, 128)):
+    def run(q, bias, k, *v):  # a cache has the heads of a token in one dimension
+        values = v[0].reshape(2, S, G, M) if v else M
+        return gpu_decode_attention(q, k.reshape(2, S, G, N), values, bias, 0.1, None, interpret=False)
+    arrays = [shape(2, S, G * N)] if G == 1 else [shape(2, S, G * N), shape(2, S, G * M)]
+    compiled, kernels = compile_reported(run, shape(2, T, H, N), shape(2, T, S, dtype=jnp.float32), *arrays)
+    print(json.dumps({"case": f"{T},{S},{N}", "temporary": compiled.memory_analysis().temp_size_in_bytes,
+                      "cache": sum(x.size * 2 for x in arrays), "kernels": kernels}), flush=True)
+"""
+
+
+def test_decoding_multiplies_on_tensor_cores_spills_nothing_and_copies_no_cache():
+    for case, line in reported(["-c", PROGRAM]).items():
+        (kernel,) = line["kernels"]
+        assert kernel["spills"] == 0 and not kernel["serialized"] and kernel["wgmma"] > 0, (case, kernel)
+        assert line["temporary"] < 0.5 * line["cache"], (case, line)

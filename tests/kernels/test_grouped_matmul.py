@@ -51,7 +51,7 @@ def test_buckets_hold_every_token_of_a_few():
     assert bucketed._capacity(300, 5, 5) == 300, "an expert is chosen at most once a token"
 
 
-@pytest.mark.parametrize(("platform", "picked"), [("cpu", "bucketed"), ("gpu", "ragged_dot"), ("tpu", "ragged_dot")])
+@pytest.mark.parametrize(("platform", "picked"), [("cpu", "bucketed"), ("gpu", "ragged_dot"), ("tpu", "pallas_tpu")])
 def test_the_default_follows_the_platform(platform, picked, monkeypatch):
     monkeypatch.setattr(api.jax, "default_backend", lambda: platform)
     monkeypatch.setattr(api, "IMPLEMENTATIONS", {picked: lambda *args, combine: (picked, combine)})
@@ -61,7 +61,7 @@ def test_the_default_follows_the_platform(platform, picked, monkeypatch):
 
 def test_an_unknown_implementation_is_named():
     x, weights, w_in, w_out = operands(1)
-    with pytest.raises(ConfigError, match="must be one of bucketed, ragged_dot, reference"):
+    with pytest.raises(ConfigError, match="must be one of bucketed, pallas_gpu, pallas_tpu, ragged_dot, reference"):
         grouped_experts(x, weights, CASES["one token"], w_in, w_out, implementation="megablox")
 
 

@@ -1,4 +1,4 @@
-"""The grouped matmul of padded blocks against the oracle, and the choice of one."""
+"""Grouped matmuls against the oracle, and the choice of one."""
 
 import functools
 
@@ -11,6 +11,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.kernels.grouped_matmul import pick_matmul
 from dsv3_jax.kernels.grouped_matmul.api import MATMULS
 from dsv3_jax.kernels.grouped_matmul.padded import padded_matmul
+from dsv3_jax.kernels.grouped_matmul.pallas_tpu import tpu_matmul
 from dsv3_jax.kernels.grouped_matmul.reference import reference_matmul
 from tests.conftest import assert_close
 
@@ -43,26 +44,31 @@ def operands(rows: int, experts: int):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-@pytest.mark.parametrize("matmul", [padded_matmul, jax.lax.ragged_dot], ids=["padded", "ragged_dot"])
+@pytest.mark.parametrize(
+    "matmul", [padded_matmul, tpu_matmul, jax.lax.ragged_dot], ids=["padded", "pallas_tpu", "ragged_dot"]
+)
 @pytest.mark.parametrize("case", SIZES)
 def test_outputs_and_gradients_are_the_oracle_s(case, matmul):
     x, w, cotangent = operands(N, E)
     sizes = jnp.array(SIZES[case], jnp.int32)
     expected = run(reference_matmul, x, w, sizes, cotangent)
     assert_close(run(matmul, x, w, sizes, cotangent), expected, 1e-5)  # float32 sums in another order
-    (_, dw), _ = run(padded_matmul, x, w, sizes, cotangent)
+    (_, dw), _ = run(matmul, x, w, sizes, cotangent)
     np.testing.assert_array_equal(np.asarray(dw)[np.asarray(sizes) == 0], 0)
 
 
-def test_fewer_rows_than_groups():
+@pytest.mark.parametrize(
+    "matmul", [padded_matmul, pytest.param(tpu_matmul, marks=pytest.mark.slow)], ids=["padded", "pallas_tpu"]
+)
+def test_fewer_rows_than_groups(matmul):
     x, w, cotangent = operands(2, 6)
     sizes = jnp.array([0, 1, 0, 0, 0, 1], jnp.int32)
-    assert_close(run(padded_matmul, x, w, sizes, cotangent), run(reference_matmul, x, w, sizes, cotangent), 1e-5)
+    assert_close(run(matmul, x, w, sizes, cotangent), run(reference_matmul, x, w, sizes, cotangent), 1e-5)
 
 
 @pytest.mark.quick
 def test_names_pick_and_an_unknown_one_is_refused():
     assert pick_matmul("bucketed") is padded_matmul and pick_matmul() is padded_matmul
     assert pick_matmul("ragged_dot") is MATMULS["ragged_dot"]
-    with pytest.raises(ConfigError, match="must be one of bucketed, ragged_dot, reference"):
+    with pytest.raises(ConfigError, match="must be one of bucketed, pallas_gpu, pallas_tpu, ragged_dot, reference"):
         pick_matmul("megablox")

@@ -17,10 +17,10 @@ pytestmark = [
 ]
 
 
-def compiled(kind: str, *cases: str) -> dict[str, dict]:
+def compiled(kind: str, *cases: str, script: pathlib.Path = SCRIPT) -> dict[str, dict]:
     """Case -> what the compiler says of it."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(SCRIPT), kind, *cases]
+    command = [sys.executable, str(script), kind, *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}

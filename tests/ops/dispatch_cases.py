@@ -1,10 +1,12 @@
 """What every dispatch is tried on: routings, operands, outputs and gradients."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsv3_jax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_experts
 from dsv3_jax.ops.dispatch import capacity_dispatch, dense_dispatch
@@ -54,6 +56,21 @@ def capacity_of_every_token(x, weights, experts, w_in, w_out, *, combine=True):
 DISPATCHES = {name: functools.partial(grouped_experts, implementation=name) for name in IMPLEMENTATIONS}
 DISPATCHES |= {"dense": dense_dispatch, "capacity": capacity_of_every_token}
 FAST = [name for name in DISPATCHES if name != "dense"]
+INTERPRETED = ("pallas_gpu", "pallas_tpu")  # kernels that take seconds to compile here, for every shape
+SLOWEST = "pallas_gpu"  # of them, by its interpreter: a minute a case
+
+
+def on_each(names, cases=("random",), combines=(True, False)) -> list:
+    """Parameters (name, case, combine). Of interpreted kernels all but one shape, combined, are slow; the slowest has
+    one case, the others of its kernels being in `tests/kernels/test_grouped_pallas_gpu.py`."""
+    found = []
+    for name, case, combine in itertools.product(names, cases, combines):
+        if name == SLOWEST and case != "some absent":
+            continue
+        slow = name in INTERPRETED and not (combine and CASES[case].shape == (P, K) and name != SLOWEST)
+        marks = pytest.mark.slow if slow else ()
+        found.append(pytest.param(name, case, combine, marks=marks, id=f"{name}-{case}-{combine}"))
+    return found
 
 
 def operands(num_tokens: int, k: int = K, dtype=jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -25,6 +25,7 @@ from tests.ops.dispatch_cases import (
     F,
     K,
     P,
+    on_each,
     operands,
     outputs_and_gradients,
     random_experts,
@@ -60,18 +61,14 @@ def test_uncombined_is_one_expert_at_a_time():
         assert_close(y_PKD[:, k], alone, FLOAT32)
 
 
-@pytest.mark.parametrize("combine", [True, False])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize(("name", "case", "combine"), on_each(FAST, CASES))
 def test_outputs_and_gradients_are_the_oracles(name, case, combine):
     actual, expected = run(name, CASES[case], combine), run("dense", CASES[case], combine)
     assert actual[0].shape == ((len(CASES[case]), CASES[case].shape[1], D) if not combine else (len(CASES[case]), D))
     assert_close(actual, expected, FLOAT32, f"{name}, {case}")
 
 
-@pytest.mark.parametrize("combine", [True, False])
-@pytest.mark.parametrize("case", ["random", "all on one pair", "some absent"])
-@pytest.mark.parametrize("name", DISPATCHES)
+@pytest.mark.parametrize(("name", "case", "combine"), on_each(DISPATCHES, ["random", "all on one pair", "some absent"]))
 def test_bf16_stays_bf16_and_close_to_float32(name, case, combine):
     rounded = operands(P, dtype=jnp.bfloat16)
     exact = run("dense", CASES[case], combine, [a.astype(jnp.float32) for a in rounded])
@@ -81,9 +78,10 @@ def test_bf16_stays_bf16_and_close_to_float32(name, case, combine):
     assert_close((y, gradients), exact, BF16, f"{name}, {case}")
 
 
-@pytest.mark.parametrize("combine", [True, False])
-@pytest.mark.parametrize("case", [case for case in CASES if "absent" in case or "none" in case or "empty" in case])
-@pytest.mark.parametrize("name", DISPATCHES)
+@pytest.mark.parametrize(
+    ("name", "case", "combine"),
+    on_each(DISPATCHES, [case for case in CASES if "absent" in case or "none" in case or "empty" in case]),
+)
 def test_nothing_comes_of_the_absent_nor_reaches_the_unused(name, case, combine):
     """Exactly: zeros, not small numbers."""
     experts = np.asarray(CASES[case])
@@ -103,18 +101,17 @@ def test_nothing_comes_of_the_absent_nor_reaches_the_unused(name, case, combine)
     jax.tree.map(np.testing.assert_array_equal, changed, (y, gradients))
 
 
-@pytest.mark.parametrize("name", FAST)
-def test_weights_of_uncombined_outputs_are_not_used(name):
+@pytest.mark.parametrize(("name", "case", "combine"), on_each(FAST, combines=[False]))
+def test_weights_of_uncombined_outputs_are_not_used(name, case, combine):
     x, _, w_in, w_out = operands(P)
-    y, gradients = run(name, CASES["random"], False, (x, jnp.full((P, K), jnp.nan), w_in, w_out))
-    assert_close(y, run("dense", CASES["random"], False)[0], FLOAT32)
+    y, gradients = run(name, CASES[case], combine, (x, jnp.full((P, K), jnp.nan), w_in, w_out))
+    assert_close(y, run("dense", CASES[case], combine)[0], FLOAT32)
     np.testing.assert_array_equal(gradients["weights"], 0)
 
 
-@pytest.mark.parametrize("combine", [True, False])
-@pytest.mark.parametrize("name", DISPATCHES)
-def test_permuting_the_experts_permutes_their_gradients_alone(name, combine):
-    experts, moved_to = CASES["some absent"], jnp.array([3, 0, 4, 1, 2, E])
+@pytest.mark.parametrize(("name", "case", "combine"), on_each(DISPATCHES, ["some absent"]))
+def test_permuting_the_experts_permutes_their_gradients_alone(name, case, combine):
+    experts, moved_to = CASES[case], jnp.array([3, 0, 4, 1, 2, E])
     comes_from = jnp.argsort(moved_to[:E])
     x, weights, w_in, w_out = operands(P)
     y, gradients = run(name, experts, combine)

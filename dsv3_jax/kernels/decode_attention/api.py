@@ -6,16 +6,36 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import axes
+from dsv3_jax.config import ConfigError
+from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
 from dsv3_jax.kernels.decode_attention.pallas_tpu import tpu_decode_attention
 from dsv3_jax.kernels.decode_attention.reference import whole_attention
 from dsv3_jax.sharding import per_shard
 
-IMPLEMENTATIONS = {"pallas_tpu": tpu_decode_attention, "reference": whole_attention}
+IMPLEMENTATIONS = {
+    "pallas_gpu": gpu_decode_attention,
+    "pallas_tpu": tpu_decode_attention,
+    "reference": whole_attention,
+}
+
+
+def refusal(name: str, dtype: Any, value_width: int = 0) -> str | None:
+    """Why an implementation cannot run a cache of this dtype, and values so wide; None if it can."""
+    if name == "pallas_tpu" and dtype == jnp.float16:
+        return "TPUs have no float16; use bfloat16"
+    if name == "pallas_gpu" and value_width > 512:
+        return f"values {value_width} wide do not fit the registers of two warpgroups: at most 512"
+    return hopper.refusal(dtype) if name == "pallas_gpu" else None
 
 
 def default_implementation(dtype: Any) -> str:
-    """The platform's kernel if there is one that takes this dtype, else "reference"."""
-    return "pallas_tpu" if jax.default_backend() == "tpu" and dtype != jnp.float16 else "reference"
+    """The TPU's kernel on a TPU if it takes this dtype, else "reference".
+
+    On a GPU "reference" too: "pallas_gpu" has been compiled for an H100 and interpreted, and has not yet run on one.
+    """
+    name = {"tpu": "pallas_tpu"}.get(jax.default_backend(), "reference")
+    return "reference" if refusal(name, dtype) else name
 
 
 def decode_attention(
@@ -36,18 +56,20 @@ def decode_attention(
     Args:
       v_BSGM: values, or their width M where they are the first M elements of the keys (latent attention, absorbed).
       mask_BTS: bool, which slots a token sees. bias_BTS: float32, added to the scores of those.
-      implementation: "pallas_tpu" (elsewhere than on a TPU it is interpreted, for tests) or "reference"; by default
-        `default_implementation`.
+      implementation: "pallas_gpu" or "pallas_tpu" (elsewhere than on a Hopper GPU or a TPU they are interpreted, for
+        tests), or "reference"; by default `default_implementation`.
 
     Returns:
       out_BTHM in the dtype of the cache, and lse_BHT float32. A token that sees nothing gives zeros and −inf.
 
     Raises:
-      ValueError: an unknown implementation.
+      ConfigError: an unknown implementation, or one that cannot run this (`refusal`).
     """
-    name = implementation or default_implementation(q_BTHN.dtype)
+    name = implementation or default_implementation(k_BSGN.dtype)
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
+        raise ConfigError(f"implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
+    if reason := refusal(name, k_BSGN.dtype, v_BSGM if isinstance(v_BSGM, int) else v_BSGM.shape[-1]):
+        raise ConfigError(f"implementation={name!r}: {reason}")
     bias_BTS = jnp.where(mask_BTS, 0.0 if bias_BTS is None else bias_BTS, -jnp.inf).astype(jnp.float32)
     if name == "reference":  # XLA splits it
         return whole_attention(q_BTHN, k_BSGN, v_BSGM, bias_BTS, scale, softcap)

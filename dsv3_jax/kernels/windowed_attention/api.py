@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from dsv3_jax import axes
 from dsv3_jax.config import ConfigError, LayerPattern, LearnedGlobal, RuntimeWindowed
+from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.windowed_attention.blocked import blocked_attention
 from dsv3_jax.kernels.windowed_attention.call import Call
 from dsv3_jax.kernels.windowed_attention.pallas_gpu import WIDEST, gpu_attention
@@ -33,19 +34,7 @@ def refusal(name: str, dtype: Any, widths: tuple[int, int] = (0, 0)) -> str | No
         return None
     if sum(widths) > WIDEST:
         return f"keys and values {widths[0]} and {widths[1]} wide do not fit the registers: at most {WIDEST} together"
-    if jax.default_backend() != "gpu":
-        threads = len(jax.local_devices())
-        return (
-            None
-            if threads >= 4
-            # one blocks for each warpgroup
-            else ("interpreting it takes four threads: set XLA_FLAGS=--xla_force_host_platform_device_count=4 or more")
-        )
-    if jnp.dtype(dtype).itemsize != 2:
-        return f"tensor cores multiply bfloat16 and float16, not {jnp.dtype(dtype).name}"
-    if (capability := jax.local_devices()[0].compute_capability) != "9.0":
-        return f"it is written for Hopper, compute capability 9.0; this GPU has {capability}"
-    return None
+    return hopper.refusal(dtype)
 
 
 def default_implementation(dtype: Any, widths: tuple[int, int] = (0, 0)) -> str:

@@ -138,7 +138,7 @@ def _forward_kernel(settings: _Settings, refs: Any, shared: Any, barriers: Any) 
         def step_of(step, carry):
             acc_SM, peak_S, total_S = carry
             slot, shape = keys.wait(step), (WARPGROUP_ROWS, block)
-            term = own.zeros(*shape), q_smem.at[group], k_smem.at[slot], True
+            term = own.zeros(*shape), q_smem.at[group], own.transposed(k_smem.at[slot])
             (product_SK,) = own.products(term, meanwhile=change_turns)
             keys.release(step)
             scores_SK, _ = _capped(settings, product_SK)
@@ -152,7 +152,7 @@ def _forward_kernel(settings: _Settings, refs: Any, shared: Any, barriers: Any) 
             weights_SK = exp_SK.astype(v_smem.dtype)
             values.wait(step)
             change_turns()
-            (acc_SM,) = own.products((acc_SM, weights_SK, v_smem.at[slot], False))
+            (acc_SM,) = own.products((acc_SM, weights_SK, v_smem.at[slot]))
             values.release(step)
             return acc_SM, new_peak_S, total_S
 
@@ -212,15 +212,15 @@ def _dq_kernel(settings: _Settings, refs: Any, shared: Any, barriers: Any) -> No
         def step_of(step, acc_SN):
             slot, shape = ring.wait(step), (WARPGROUP_ROWS, block)
             product_SK, dweights_SK = own.products(
-                (own.zeros(*shape), q_smem.at[group], k_smem.at[slot], True),
-                (own.zeros(*shape), dout_smem.at[group], v_smem.at[slot], True),
+                (own.zeros(*shape), q_smem.at[group], own.transposed(k_smem.at[slot])),
+                (own.zeros(*shape), dout_smem.at[group], own.transposed(v_smem.at[slot])),
             )
             scores_SK, slope_SK = _capped(settings, product_SK)
             weights_SK = jnp.exp2(scores_SK * settings.exponent - _across(lse_S, shape))
             dscores_SK = weights_SK * (dweights_SK - _across(delta_S, shape))
             dscores_SK = dscores_SK if slope_SK is None else dscores_SK * slope_SK
             dscores_SK = sight.hide(settings, dscores_SK, (start + step) * block, 1, 0.0)
-            (acc_SN,) = own.products((acc_SN, dscores_SK.astype(k_smem.dtype), k_smem.at[slot], False))
+            (acc_SN,) = own.products((acc_SN, dscores_SK.astype(k_smem.dtype), k_smem.at[slot]))
             ring.release(step)
             return acc_SN
 
@@ -271,19 +271,19 @@ def _dkv_kernel(settings: _Settings, refs: Any, shared: Any, barriers: Any) -> N
             part = start + jax.lax.rem(step, count)
             bounds = inner_ref[batch, part, 0], inner_ref[batch, part, 1]
             sight = _Sight(first_smem.at[slot], last_smem.at[slot], *bounds)
-            (product_KS,) = own.products((own.zeros(*shape), k_smem.at[group], q_smem.at[slot], True))
+            (product_KS,) = own.products((own.zeros(*shape), k_smem.at[group], own.transposed(q_smem.at[slot])))
             scores_KS, slope_KS = _capped(settings, product_KS)
             lse_S = own.load(lse_smem.at[slot], of_rows=False)
             weights_KS = jnp.exp2(scores_KS * settings.exponent - _across(lse_S, shape, 1))
             weights_KS = sight.hide(settings, weights_KS, row, 0, 0.0)
             dv_KM, dweights_KS = own.products(
-                (dv_KM, weights_KS.astype(dout_smem.dtype), dout_smem.at[slot], False),
-                (own.zeros(*shape), v_smem.at[group], dout_smem.at[slot], True),
+                (dv_KM, weights_KS.astype(dout_smem.dtype), dout_smem.at[slot]),
+                (own.zeros(*shape), v_smem.at[group], own.transposed(dout_smem.at[slot])),
             )
             delta_S = own.load(delta_smem.at[slot], of_rows=False)
             dscores_KS = weights_KS * (dweights_KS - _across(delta_S, shape, 1))
             dscores_KS = dscores_KS if slope_KS is None else dscores_KS * slope_KS
-            (dk_KN,) = own.products((dk_KN, dscores_KS.astype(q_smem.dtype), q_smem.at[slot], False))
+            (dk_KN,) = own.products((dk_KN, dscores_KS.astype(q_smem.dtype), q_smem.at[slot]))
             ring.release(step)
             return dk_KN, dv_KM
 
@@ -328,8 +328,8 @@ def _call(kernel: Any, settings: _Settings, heads: int, inputs: Any, outputs: An
         body,
         out_type=[jax.ShapeDtypeStruct(*output) for output in outputs],
         scratch_types=[*shared, *barriers],
-        grid=(heads, T // OWNED, B),
-        grid_names=("heads", "blocks", "batch"),
+        grid=(B, heads, T // OWNED),  # the last one runs first
+        grid_names=("batch", "heads", "blocks"),
         num_threads=READERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -1,0 +1,222 @@
+"""Attention to a cache on Hopper GPUs: a Mosaic GPU kernel, split over the slots (Flash-Decoding, Dao et al. 2023).
+
+A block of threads attends 64 rows (the query heads of one key head, of all new tokens) to a share of those blocks of
+slots that are seen; the shares are merged by log-sum-exp. Matrices are cut into pieces 64 columns wide. Where values
+are wider than the registers of a warpgroup hold, as latent attention's 512, two warpgroups compute the same scores and
+half of the result each.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, Ring, Warpgroup, interpreter
+
+PIECE = 64  # columns of a matrix
+WIDEST_RESULT = 4  # pieces in the registers of a warpgroup
+SLOTS = 3  # of the ring
+PROCESSORS = 132  # of an H100
+LOWEST = -1e30  # where running maxima begin
+HIDDEN = -2e30  # the bias of a slot that is not seen: its exponential is 0 beside LOWEST too
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What is static of a call. block: slots in a step. readers: warpgroups that compute. group: heads a key head."""
+
+    scale: float
+    softcap: float | None
+    block: int
+    readers: int
+    group: int
+    interpret: bool
+
+    @property
+    def warpgroup(self) -> Warpgroup:
+        """Its operations."""
+        return Warpgroup(self.interpret)
+
+
+def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barriers: Any) -> None:
+    q_ref, bias_ref, order_ref, count_ref, k_ref = refs[:5]
+    out_ref, lse_ref = refs[-2:]
+    q_smem, k_smem, bias_smem, out_smem, lse_smem, *v_smems = shared
+    start_barrier, full, free = barriers
+    own, block, ring = settings.warpgroup, settings.block, Ring(SLOTS, full, free)
+    names = ("batch", "heads", "tiles", "splits", "warpgroup")
+    batch, head, tile, split, group = (jax.lax.axis_index(name) for name in names)
+    (T, _), splits, pieces = bias_smem.shape[1:], out_ref.shape[1], out_ref.shape[4] // PIECE
+    share = pieces // settings.readers
+    count = count_ref[batch]
+    first, stop = jax.lax.div(count * split, jnp.int32(splits)), jax.lax.div(count * (split + 1), jnp.int32(splits))
+    rows, exponent = pl.ds(tile * WARPGROUP_ROWS, WARPGROUP_ROWS), math.log2(math.e)
+
+    @pl.when(group < settings.readers)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        plgpu.barrier_wait(start_barrier)
+
+        def step_of(step, carry):
+            accs, peak_R, total_R = carry
+            slot, shape = ring.wait(step), (WARPGROUP_ROWS, block)
+            scores_RS = own.zeros(*shape)
+            for piece in range(q_smem.shape[0]):
+                key = own.transposed(k_smem.at[slot, piece])
+                (scores_RS,) = own.products((scores_RS, q_smem.at[piece], key))
+            scores_RS = scores_RS * settings.scale
+            if settings.softcap is not None:  # tanh(x) = 1 − 2 / (1 + e^2x)
+                power_RS = jnp.exp2(scores_RS * (2 * exponent / settings.softcap))
+                scores_RS = settings.softcap * (1.0 - 2.0 / (1.0 + power_RS))
+            token_RS = own.iota(shape, 0) + tile * WARPGROUP_ROWS
+            for token in range(T):
+                bias_RS = jax.lax.broadcast_in_dim(own.load(bias_smem.at[slot, token], of_rows=False), shape, [1])
+                mine_RS = (token_RS >= token * settings.group) & (token_RS < (token + 1) * settings.group)
+                scores_RS = jnp.where(mine_RS, scores_RS + bias_RS, scores_RS) if T > 1 else scores_RS + bias_RS
+            new_R = jnp.maximum(peak_R, jnp.max(scores_RS, axis=1))
+            exp_RS = jnp.exp2((scores_RS - jax.lax.broadcast_in_dim(new_R, shape, [0])) * exponent)
+            shrink_R = jnp.exp2((peak_R - new_R) * exponent)
+            total_R = total_R * shrink_R + jnp.sum(exp_RS, axis=1)
+            weights_RS = exp_RS.astype(k_smem.dtype)
+            v_smem = v_smems[0] if has_values else k_smem
+            terms = [
+                (
+                    acc * jax.lax.broadcast_in_dim(shrink_R, acc.shape, [0]),
+                    weights_RS,
+                    v_smem.at[slot, group * share + i],
+                )
+                for i, acc in enumerate(accs)
+            ]
+            accs = own.products(*terms)
+            ring.release(step)
+            return accs, new_R, total_R
+
+        accs = tuple(own.zeros(WARPGROUP_ROWS, PIECE) for _ in range(share))
+        carry = accs, own.full(WARPGROUP_ROWS, LOWEST), own.full(WARPGROUP_ROWS, 0.0)
+        accs, peak_R, total_R = jax.lax.fori_loop(0, stop - first, step_of, carry)
+        some_R = total_R > 0
+        safe_R = jnp.where(some_R, total_R, 1.0)
+        lse_smem[group] = jnp.where(some_R, peak_R + jnp.log(safe_R), -jnp.inf)
+        for i, acc in enumerate(accs):
+            out_smem[group] = acc / jax.lax.broadcast_in_dim(safe_R, acc.shape, [0])
+            plgpu.commit_smem()
+            columns = pl.ds((group * share + i) * PIECE, PIECE)
+            plgpu.copy_smem_to_gmem(out_smem.at[group], out_ref.at[batch, split, head, rows, columns])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group == 0)
+        def _():
+            plgpu.copy_smem_to_gmem(lse_smem.at[group], lse_ref.at[batch, split, head, rows])
+            plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(group == settings.readers)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        for piece in range(q_smem.shape[0]):
+            columns = pl.ds(piece * PIECE, PIECE)
+            plgpu.copy_gmem_to_smem(q_ref.at[batch, head, rows, columns], q_smem.at[piece], start_barrier)
+
+        @pl.loop(0, stop - first)
+        def _(step):
+            slot, barrier = ring.claim(step)
+            slots = pl.ds(order_ref[batch, first + step] * block, block)
+            for ref, smem in ((k_ref, k_smem), *((refs[5], v_smem) for v_smem in v_smems)):
+                width = smem.shape[1] * PIECE
+                for piece in range(smem.shape[1]):
+                    columns = pl.ds(head * width + piece * PIECE, PIECE)
+                    plgpu.copy_gmem_to_smem(ref.at[batch, slots, columns], smem.at[slot, piece], barrier)
+            for token in range(T):
+                plgpu.copy_gmem_to_smem(bias_ref.at[batch, token, slots], bias_smem.at[slot, token], barrier)
+
+        ring.drain(stop - first)
+
+
+def gpu_decode_attention(
+    q_BTHN: jax.Array,
+    k_BSGN: jax.Array,
+    v_BSGM: jax.Array | int,
+    bias_BTS: jax.Array,
+    scale: float,
+    softcap: float | None,
+    *,
+    splits: int | None = None,
+    interpret: bool | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.decode_attention`. Widths of no whole 64, and slots of no whole block, cost a copy of the cache.
+
+    Args:
+      splits: of the slots; by default as many as fill the GPU.
+      interpret: runs the kernel without a GPU, slowly; by default wherever there is none.
+    """
+    (B, T, H, N), (S, G), dtype = q_BTHN.shape, k_BSGN.shape[1:3], k_BSGN.dtype
+    M = v_BSGM if isinstance(v_BSGM, int) else v_BSGM.shape[-1]
+    group, m = H // G, -(-M // PIECE)
+    readers = -(-m // WIDEST_RESULT)
+    m += -m % readers
+    n = max(-(-N // PIECE), m if isinstance(v_BSGM, int) else 0)
+    block = 64 if n + m <= 8 else 32
+    interpreted = jax.default_backend() != "gpu" if interpret is None else interpret
+    settings = _Settings(scale, softcap, block, readers, group, interpreted)
+
+    def flat(x_BSGN: jax.Array, pieces: int) -> jax.Array:
+        padding = -S % block, pieces * PIECE - x_BSGN.shape[-1]
+        padded = jnp.pad(x_BSGN, ((0, 0), (0, padding[0]), (0, 0), (0, padding[1]))) if any(padding) else x_BSGN
+        return padded.reshape(B, S + padding[0], -1)
+
+    arrays = [flat(k_BSGN, n), *([] if isinstance(v_BSGM, int) else [flat(v_BSGM, m)])]
+    R = -(-T * group // WARPGROUP_ROWS) * WARPGROUP_ROWS
+    q_BGRN = jnp.moveaxis(q_BTHN.reshape(B, T, G, group, N), 1, 2).reshape(B, G, T * group, N).astype(dtype)
+    q_BGRN = jnp.pad(q_BGRN, ((0, 0), (0, 0), (0, R - T * group), (0, n * PIECE - N)))
+    bias_BTS = jnp.pad(bias_BTS, ((0, 0), (0, 0), (0, -S % block)), constant_values=-jnp.inf)
+    seen_Bn = jnp.any(bias_BTS.reshape(B, T, -1, block) > -jnp.inf, axis=(1, 3))
+    order_Bn = jnp.argsort(~seen_Bn, axis=1, stable=True).astype(jnp.int32)  # those that are seen come first
+    count_B = jnp.sum(seen_Bn, axis=1, dtype=jnp.int32)
+    tiles, blocks = R // WARPGROUP_ROWS, seen_Bn.shape[1]
+    splits = splits or max(1, min(blocks, 2 * PROCESSORS // (B * G * tiles)))
+    swizzle = min(128, block * dtype.itemsize)
+    matrix = functools.partial(settings.warpgroup.matrix, dtype=dtype, swizzle=swizzle)
+    shared = [
+        matrix(n, WARPGROUP_ROWS, PIECE),
+        matrix(SLOTS, n, block, PIECE),
+        plgpu.SMEM((SLOTS, T, block), jnp.float32),
+        plgpu.SMEM((readers, WARPGROUP_ROWS, PIECE), jnp.float32),
+        plgpu.SMEM((readers, WARPGROUP_ROWS), jnp.float32),
+        *[matrix(SLOTS, m, block, PIECE) for _ in arrays[1:]],
+    ]
+    copies = n + (m if len(arrays) == 2 else 0) + T
+    barriers = [plgpu.Barrier(num_arrivals=n), *Ring.barriers(SLOTS, copies, readers)]
+
+    def body(*refs):
+        given = refs[: -len(shared) - len(barriers)]
+        _kernel(settings, len(arrays) == 2, given, refs[len(given) : -len(barriers)], refs[-len(barriers) :])
+
+    body.__name__ = "decode_attention"  # for profilers
+    run = plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((B, splits, G, R, m * PIECE), jnp.float32),
+            jax.ShapeDtypeStruct((B, splits, G, R), jnp.float32),
+        ],
+        scratch_types=[*shared, *barriers],
+        grid=(B, G, tiles, splits),
+        grid_names=("batch", "heads", "tiles", "splits"),
+        num_threads=readers + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpreter() if interpreted else None,
+    )
+    out_BsGRM, lse_BsGR = run(q_BGRN, jnp.maximum(bias_BTS, HIDDEN), order_Bn, count_B, *arrays)
+    lse_BGR = jax.nn.logsumexp(lse_BsGR, axis=1)
+    share_BsGR = jnp.exp(lse_BsGR - jnp.where(jnp.isfinite(lse_BGR), lse_BGR, 0)[:, None])
+    out_BGRM = jnp.einsum("BsGRM,BsGR->BGRM", out_BsGRM, share_BsGR)[:, :, : T * group, :M]
+
+    def tokens_first(x_BGR: jax.Array) -> jax.Array:
+        x_BGTh = x_BGR.reshape(B, G, T, group, *x_BGR.shape[3:])
+        return jnp.moveaxis(x_BGTh, 1, 2).reshape(B, T, H, *x_BGR.shape[3:])
+
+    return tokens_first(out_BGRM).astype(dtype), jnp.swapaxes(tokens_first(lse_BGR[:, :, : T * group]), 1, 2)

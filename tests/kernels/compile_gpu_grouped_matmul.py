@@ -1,0 +1,52 @@
+"""Compiles the routed experts for a GPU that is not here, forward and backward; prints one JSON object a case.
+
+.venv/bin/python tests/kernels/compile_gpu_grouped_matmul.py h100 4096,8,32,7168,2048 300,2,5,7,6,float16
+
+A case is tokens, experts a token, experts on the GPU, D, F; then the dtype, if it is not bfloat16. Runs in a process of
+its own: the compiler reads the environment once.
+"""
+
+import json
+import math
+import re
+import sys
+
+from dsv3_jax.planning.topologies import gpu_topology, prepare_gpu_compiler
+from tests.kernels.compile_gpu_attention import compile_reported
+
+
+def main(kind: str, cases: list[str]) -> None:
+    prepare_gpu_compiler(kind, dump_ptx=True)
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from dsv3_jax.kernels.grouped_matmul.pallas_gpu import gpu_experts
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    mesh = jax.sharding.Mesh(np.array(gpu_topology(kind).devices[:1]), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    for case in cases:
+        *sizes, dtype = [*case.split(","), "bfloat16"][:6]
+        P, K, E, D, F = map(int, sizes)
+
+        def shape(*sizes, dtype=dtype):
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+        def loss(x, weights, experts, w_in, w_out):
+            y = gpu_experts(x, weights, experts, w_in, w_out, interpret=False)
+            return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+        tokens = shape(P, D), shape(P, K, dtype=jnp.float32), shape(P, K, dtype=jnp.int32)
+        gradients = jax.grad(loss, argnums=(0, 1, 3, 4))
+        compiled, kernels = compile_reported(gradients, *tokens, shape(E, D, 2, F), shape(E, F, D))
+        text = compiled.as_text() or ""
+        entry = text[text.index("\nENTRY") :]  # what is between two instructions there is in memory
+        shapes = [[int(size) for size in dims.split(",")] for dims in re.findall(r"f32\[([\d,]+)\]", entry)]
+        wide = [shape for shape in shapes if math.prod(shape) >= P * K * D]
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        print(json.dumps({"case": case, "temporary": temporary, "float32": wide, "kernels": kernels}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,58 @@
+"""The GPU kernels of grouped matmul, interpreted; compilation for a GPU is in `test_gpu_compilation.py`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax import config as c
+from dsv3_jax.kernels.grouped_matmul import api, grouped_experts, pick_matmul
+from dsv3_jax.kernels.grouped_matmul.pallas_gpu import gpu_products
+from tests.conftest import assert_close
+from tests.kernels.test_grouped_pallas_tpu import by_hand, drawn
+from tests.ops.dispatch_cases import CASES, operands
+
+N, SIZES = 213, np.array([70, 0, 100, 1, 19])  # tiles of 128 rows that groups share, an empty group, rows past the last
+
+
+def poisoned():
+    """Operands whose rows past the groups are NaN, and what comes of them. D = 100 and 213 rows fill no tile."""
+    x, w, dy, factor = drawn(N, 5, 100, 256)
+    expected = by_hand(x, w, dy, SIZES, factor)
+    inside = np.arange(N) < SIZES.sum()
+    x, dy, factor = (jnp.where(inside.reshape(-1, *[1] * (a.ndim - 1)), a, jnp.nan) for a in (x, dy, factor))
+    return (x, w, dy, factor, jnp.asarray(SIZES)), expected, inside
+
+
+def test_rows_and_groups_are_those_by_hand_whatever_lies_past_them():
+    (x, w, dy, factor, sizes), (expected, expected_groups), inside = poisoned()
+    of = gpu_products(interpret=True)
+    rows, groups = jax.jit(lambda: (of.rows(x, w, sizes, factor_N=factor), of.groups(x, dy, sizes)))()
+    assert_close((rows[inside], groups), (expected[3], expected_groups), 3e-6)
+    np.testing.assert_array_equal(groups[1], 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", [True, False])
+def test_swiglu_and_the_transposed_product_are_those_by_hand(save):
+    (x, w, dy, _, sizes), (expected, _), inside = poisoned()
+    of = gpu_products(interpret=True)
+    swiglu, back = jax.jit(
+        lambda: (of.swiglu(x, w, sizes, save=save), of.rows(dy, w, sizes, transposed=True)),
+    )()
+    assert [y is not None for y in swiglu] == [True, save, save]
+    assert_close(
+        [y[inside] for y in (*swiglu, back) if y is not None], expected[: 3 if save else 1] + expected[4:], 3e-6
+    )
+
+
+@pytest.mark.quick
+def test_what_the_kernels_cannot_run_is_refused_by_name(monkeypatch):
+    x, weights, w_in, w_out = operands(1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    message = "implementation='pallas_gpu': tensor cores multiply bfloat16 and float16, not float32"
+    with pytest.raises(c.ConfigError, match=message):
+        grouped_experts(x, weights, CASES["one token"], w_in, w_out, "pallas_gpu")
+    with pytest.raises(c.ConfigError, match=message):
+        pick_matmul("pallas_gpu", jnp.float32)
+    assert api.default_implementation(jnp.bfloat16) == "ragged_dot"  # until it has run on one
