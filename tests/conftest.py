@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import secrets
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +14,8 @@ if importlib.metadata.version("jax").startswith("0.10."):  # later ones do not k
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+# Kernels are tried on fresh numbers each run. Worker processes inherit the seed; set the variable to repeat a run.
+os.environ.setdefault("DSV3_JAX_TEST_SEED", str(secrets.randbelow(2**31)))
 
 import dataclasses
 
@@ -49,6 +52,20 @@ WORDS = [
 def make_text(seed: int, words: int) -> str:
     random = np.random.default_rng(seed)
     return " ".join(random.choice(WORDS, words)) + "\n"
+
+
+def pytest_report_header() -> str:
+    return f"DSV3_JAX_TEST_SEED={os.environ['DSV3_JAX_TEST_SEED']}"
+
+
+def pytest_runtest_logreport(report):
+    if report.failed:  # `-q` shows no header
+        print(f"\nDSV3_JAX_TEST_SEED={os.environ['DSV3_JAX_TEST_SEED']}")
+
+
+def fresh_key(index: int = 0) -> jax.Array:
+    """A random key of this run."""
+    return jax.random.fold_in(jax.random.key(int(os.environ["DSV3_JAX_TEST_SEED"])), index)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -31,7 +31,7 @@ def with_attention(**changes) -> c.ModelConfig:
     [
         tiny_model(),
         with_attention(pattern=c.LearnedGlobal(4, 4, 2), sinks=True, softcap=2.0),
-        with_attention(pattern=c.Sparse(5, 2, 8), rope_scaling=c.Yarn(4.0, 8)),
+        pytest.param(with_attention(pattern=c.Sparse(5, 2, 8), rope_scaling=c.Yarn(4.0, 8)), marks=pytest.mark.slow),
     ],
     ids=["windowed", "learned, sinks, soft cap", "sparse, YaRN"],
 )

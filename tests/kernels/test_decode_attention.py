@@ -16,7 +16,7 @@ from dsv3_jax.kernels.decode_attention import decode_attention
 from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
 from dsv3_jax.kernels.decode_attention.pallas_tpu import block_size, tpu_decode_attention
 from dsv3_jax.ops.caches import CacheLayout, slot_positions
-from tests.conftest import assert_close
+from tests.conftest import assert_close, fresh_key
 
 ROOT = pathlib.Path(__file__).parents[2]
 S = 300
@@ -24,7 +24,7 @@ S = 300
 
 def inputs(T, H, G, N, M, dtype=jnp.float32):
     """Queries, keys, values (M an int: of latent attention), of two rows."""
-    keys = jax.random.split(jax.random.key(T), 3)
+    keys = jax.random.split(fresh_key(T), 3)
     q, k = (
         jax.random.normal(key, (2, *shape), dtype) for key, shape in zip(keys, ((T, H, N), (S, G, N)), strict=False)
     )
@@ -57,7 +57,7 @@ def test_outputs_and_log_sum_exp_are_the_oracles(implementation, case):
     T, *shape, softcap = CASES[case]
     q, k, v = inputs(T, *shape)
     mask = ring_mask(T, 100).at[1, 0].set(False)  # one token sees nothing
-    bias = jax.random.normal(jax.random.key(5), mask.shape)
+    bias = jax.random.normal(fresh_key(5), mask.shape)
     more = {"scale": 0.3, "bias_BTS": bias, "softcap": softcap}
     actual = decode_attention(q, k, v, mask, implementation=implementation, **more)
     expected = decode_attention(q, k, v, mask, implementation="reference", **more)

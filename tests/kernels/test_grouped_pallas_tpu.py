@@ -16,7 +16,7 @@ from dsv3_jax.kernels.grouped_matmul import api, grouped_experts, pick_matmul
 from dsv3_jax.kernels.grouped_matmul.pallas_tpu import block_columns, tpu_experts, tpu_matmul, tpu_products
 from dsv3_jax.kernels.grouped_matmul.schedule import make_schedule, max_steps
 from dsv3_jax.sharding import make_mesh
-from tests.conftest import assert_close
+from tests.conftest import assert_close, fresh_key
 from tests.kernels.pallas_calls import calls
 from tests.ops.dispatch_cases import CASES, operands, outputs_and_gradients, run
 
@@ -76,7 +76,7 @@ def three(block: int, columns: int, save: bool, x_ND, w_EDF, dy_NF, sizes_E, fac
 
 
 def drawn(N: int, E: int, D: int, F: int, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(3), 4)
+    keys = jax.random.split(fresh_key(3), 4)
     shapes = ((N, D), (E, D, F), (N, F), (N,))
     return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
 

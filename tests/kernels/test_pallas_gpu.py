@@ -15,7 +15,7 @@ from dsv3_jax.kernels.windowed_attention.intervals import inner_bounds, key_bloc
 from dsv3_jax.kernels.windowed_attention.pallas_gpu import gpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
 from dsv3_jax.ops.patterns import Place
-from tests.conftest import assert_close
+from tests.conftest import assert_close, fresh_key
 
 
 def place_of(*lengths: int, padding: int = 0) -> Place:
@@ -72,7 +72,7 @@ def test_several_blocks_whole_masked_and_unseen_are_the_oracles(pattern, causal,
     """Three blocks of queries, the last ending in padding; two query heads of a key head; unequal widths."""
     T = sum(lengths) + 4
     shapes = [(1, T, 2, 72), (1, T, 1, 72), (1, T, 1, 40)]
-    q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    q, k, v = (jax.random.normal(fresh_key(i), shape) for i, shape in enumerate(shapes))
     call = Call(q, k, v, place_of(*lengths, padding=4), pattern, 0.3, causal, softcap=softcap)
 
     def both(attend):
@@ -91,7 +91,7 @@ def test_several_blocks_whole_masked_and_unseen_are_the_oracles(pattern, causal,
 @pytest.mark.parametrize("kind", ["large logits", "all equal", "one key"])
 def test_hard_inputs_are_as_exact_as_the_oracle(kind):
     T = 40
-    q, k, v = (jax.random.normal(jax.random.key(i), (1, T, 1, 64), jnp.float32) for i in range(3))
+    q, k, v = (jax.random.normal(fresh_key(i), (1, T, 1, 64), jnp.float32) for i in range(3))
     q, k = {"large logits": (300 * q, k), "all equal": (jnp.ones_like(q), jnp.ones_like(k)), "one key": (q, k)}[kind]
     pattern = c.Windowed(1) if kind == "one key" else c.Full()
     with jax.enable_x64(True):

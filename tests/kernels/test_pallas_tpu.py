@@ -25,11 +25,11 @@ from dsv3_jax.kernels.windowed_attention.pallas_tpu import Blocks, block_sizes, 
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
 from dsv3_jax.ops.patterns import Place
 from dsv3_jax.sharding import make_mesh
-from tests.conftest import assert_close
+from tests.conftest import assert_close, fresh_key
 
 
 def draw(seed, B, T, H, G, N, M, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), 3)
+    keys = jax.random.split(fresh_key(seed), 3)
     shapes = [(B, T, H, N), (B, T, G, N), (B, T, G, M)]
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 

@@ -9,7 +9,7 @@ from dsv3_jax import config as c
 from dsv3_jax.kernels.windowed_attention import IMPLEMENTATIONS, windowed_attention
 from dsv3_jax.kernels.windowed_attention.blocked import block_size, plan_runs
 from dsv3_jax.ops.patterns import Place, reach
-from tests.conftest import assert_close
+from tests.conftest import assert_close, fresh_key
 
 PATTERNS = [
     c.Full(),
@@ -32,7 +32,7 @@ FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 
 def inputs(dtype=jnp.float32, length=T):
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(fresh_key(), 3)
     shapes = [(B, length, H, N), (B, length, G, N), (B, length, G, M)]
     return [2 * jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
@@ -58,10 +58,10 @@ def attend_and_differentiate(name, place, pattern, causal, softcap, few=False):
     rows, heads = ((0, 3), (2, 1, 1)) if few else (range(B), (H, G, G))
     q, k, v = (x[jnp.array(rows), :, :count] for x, count in zip(inputs(), heads, strict=True))
     place = jax.tree.map(lambda x_BT: x_BT[jnp.array(rows)], place)
-    gate = jax.random.normal(jax.random.key(7), (B, T)) if isinstance(pattern, c.LearnedGlobal) else None
+    gate = jax.random.normal(fresh_key(7), (B, T)) if isinstance(pattern, c.LearnedGlobal) else None
     gate = gate if gate is None else gate.at[1:].set(jnp.round(gate[1:]))[jnp.array(rows)]  # and ties: the first
     if isinstance(pattern, c.RuntimeWindowed):
-        window_BT = jax.random.randint(jax.random.key(8), (len(rows), T), 1, pattern.window + 1)
+        window_BT = jax.random.randint(fresh_key(8), (len(rows), T), 1, pattern.window + 1)
         place = place._replace(window_BT=window_BT)
 
     def total(q, k, v, gate):

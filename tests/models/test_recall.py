@@ -60,6 +60,7 @@ def accuracy_after_training(pattern: c.Pattern, steps: int = 250) -> tuple[float
     return float(accuracy), 0.0 if gates is None else float(jnp.abs(jax.tree.leaves(gates)[0][0]).max())
 
 
+@pytest.mark.slow
 def test_a_learned_gate_solves_what_a_window_of_its_size_cannot():
     accuracy, gradient = accuracy_after_training(c.LearnedGlobal(8, 8, 4))
     assert gradient > 0

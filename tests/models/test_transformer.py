@@ -88,6 +88,7 @@ SAME = {
     "remat full": tiny_model(remat="full"),
     "remat dots, scanned": tiny_model(remat="dots", unroll=False),
 }
+SLOW = ("dense dispatch", "scanned", "remat full")  # the last entry has two of them, the invariants the third
 
 
 def loss_and_gradients(config, variables, tokens):
@@ -98,7 +99,7 @@ def loss_and_gradients(config, variables, tokens):
     return jax.jit(jax.value_and_grad(loss))(variables["params"])
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in SAME])
 def test_settings_of_speed_and_memory_change_neither_loss_nor_gradients(name, variables, tokens):
     expected = loss_and_gradients(tiny_model(), variables, tokens)
     assert_close(loss_and_gradients(SAME[name], variables, tokens), expected, 2e-5, name)
@@ -108,7 +109,12 @@ CYCLE = with_pattern(c.PerLayer((c.Windowed(4), c.Windowed(6, (0,)), c.Full())))
 
 
 @pytest.mark.parametrize(
-    ("unroll", "remat"), [(False, "none"), pytest.param(True, "full", marks=pytest.mark.slow), (False, "full")]
+    ("unroll", "remat"),
+    [
+        pytest.param(False, "none", marks=pytest.mark.slow),
+        pytest.param(True, "full", marks=pytest.mark.slow),
+        (False, "full"),
+    ],
 )
 def test_scanning_over_periods_of_patterns_is_layer_by_layer(unroll, remat, tokens):
     """Two dense layers, then seven: the cycle of three begins amid, and leaves a rest."""

@@ -151,6 +151,7 @@ def test_the_domain_of_a_token_decides_its_window(corpus):
     assert loss(c.RuntimeWindowed(8, tasks=windows)) != pytest.approx(loss(c.Windowed(8)), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_layers_with_other_largest_windows_train_with_their_own(corpus):
     def loss(*members):
         trainer = with_pattern(corpus, c.PerLayer(members))
