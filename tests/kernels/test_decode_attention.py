@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax import config as c
 from dsv3_jax.config import ConfigError
 from dsv3_jax.kernels.decode_attention import decode_attention
 from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
 from dsv3_jax.kernels.decode_attention.pallas_tpu import block_size, tpu_decode_attention
 from dsv3_jax.ops.caches import CacheLayout, slot_positions
+from dsv3_jax.sharding import make_mesh
 from tests.conftest import assert_close, fresh_key
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -65,6 +67,18 @@ def test_outputs_and_log_sum_exp_are_the_oracles(implementation, case):
     np.testing.assert_array_equal(jnp.isneginf(actual[1]), jnp.isneginf(expected[1]))
     finite = [jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), result) for result in (actual, expected)]
     assert_close(*finite, 1e-5)
+
+
+def test_devices_work_on_their_own_rows_and_heads():
+    """The latent is one key head for all: each device has a copy for its query heads."""
+    q, k, v = inputs(2, 8, 1, 24, 16)
+    mask = ring_mask(2, 100)
+    attend = jax.jit(lambda q, k: decode_attention(q, k, v, mask, scale=0.3, implementation="pallas_tpu"))
+    with jax.set_mesh(make_mesh(c.MeshConfig(fsdp=2, model=2))):
+        together = attend(q, k)
+    assert "fsdp" in together[0].sharding.spec[0] and "model" in together[0].sharding.spec[2]
+    expected = decode_attention(q, k, v, mask, scale=0.3, implementation="reference")
+    assert_close(jax.device_get(together), jax.device_get(expected), 1e-5)
 
 
 @pytest.mark.quick

@@ -11,7 +11,7 @@ from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
 from dsv3_jax.kernels.decode_attention.pallas_tpu import tpu_decode_attention
 from dsv3_jax.kernels.decode_attention.reference import whole_attention
-from dsv3_jax.sharding import per_shard
+from dsv3_jax.sharding import per_shard, repeat_key_heads
 
 IMPLEMENTATIONS = {
     "pallas_gpu": gpu_decode_attention,
@@ -73,12 +73,13 @@ def decode_attention(
     bias_BTS = jnp.where(mask_BTS, 0.0 if bias_BTS is None else bias_BTS, -jnp.inf).astype(jnp.float32)
     if name == "reference":  # XLA splits it
         return whole_attention(q_BTHN, k_BSGN, v_BSGM, bias_BTS, scale, softcap)
-    values = [] if isinstance(v_BSGM, int) else [v_BSGM]
+    H = q_BTHN.shape[2]
+    k_BSGN, *values = (repeat_key_heads(H, x) for x in (k_BSGN, v_BSGM) if not isinstance(x, int))
 
     def attend(q, bias, k, *values):
         return IMPLEMENTATIONS[name](q, k, values[0] if values else v_BSGM, bias, scale, softcap)
 
     of_keys = (axes.BATCH, None, axes.KV_HEADS, None)
     inputs = [(q_BTHN, (axes.BATCH, None, axes.HEADS, None)), (bias_BTS, (axes.BATCH, None, None))]
-    inputs += [(x, of_keys) for x in (k_BSGN, *values)]
+    inputs += [(x_BSGN, of_keys) for x_BSGN in (k_BSGN, *values)]
     return per_shard(attend, inputs, (inputs[0][1], (axes.BATCH, axes.HEADS, None)))

@@ -14,7 +14,7 @@ from dsv3_jax.kernels.windowed_attention.pallas_gpu import WIDEST, gpu_attention
 from dsv3_jax.kernels.windowed_attention.pallas_tpu import tpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
 from dsv3_jax.ops.patterns import Place
-from dsv3_jax.sharding import per_shard
+from dsv3_jax.sharding import per_shard, repeat_key_heads
 
 IMPLEMENTATIONS = {
     "blocked": blocked_attention,
@@ -100,6 +100,9 @@ def windowed_attention(
         place = Place(jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32))
     if place.window_BT is not None and not isinstance(pattern, RuntimeWindowed):
         place = place._replace(window_BT=None)  # of other layers
+
+    if name in KERNELS:
+        k_BTGN, v_BTGM = (repeat_key_heads(H, x_BTGN) for x_BTGN in (k_BTGN, v_BTGM))
 
     def attend(q, k, v, position_BT, segment_BT, window_BT, gate_BT):
         place = Place(position_BT, segment_BT, window_BT)
