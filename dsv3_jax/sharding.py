@@ -87,7 +87,7 @@ def constrain(x: jax.Array, logical: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def _num_shards(name: str) -> int:
+def num_shards(name: str) -> int:
     """Into how many parts the ambient mesh splits a logical axis; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name])
@@ -97,7 +97,7 @@ def repeat_key_heads(num_heads: int, x_BTGN: jax.Array) -> jax.Array:
     """Keys or values with their heads repeated so often that the ambient mesh can split them together with `num_heads`
     query heads, each device having the keys of its queries; as they are where it cannot."""
     G = x_BTGN.shape[2]
-    split = math.lcm(G, _num_shards(axes.KV_HEADS))
+    split = math.lcm(G, num_shards(axes.KV_HEADS))
     return x_BTGN if num_heads % split else jnp.repeat(x_BTGN, split // G, axis=2)
 
 
@@ -117,7 +117,7 @@ def per_shard(function: Callable[..., Any], inputs: Sequence[tuple[Any, Sequence
         for name, size in zip(logical, () if x is None else x.shape, strict=x is not None):
             if name is not None:
                 sizes.setdefault(name, []).append(size)
-    splits = {name: _num_shards(name) for name in sizes}
+    splits = {name: num_shards(name) for name in sizes}
     whole = {name for name, of in sizes.items() if any(size % splits[name] for size in of)}
     # Axes that share mesh axes, as the heads of queries and of keys do, are split together or not at all.
     whole = {name for name in sizes if any(set(RULES[name]) & set(RULES[other]) for other in whole)}

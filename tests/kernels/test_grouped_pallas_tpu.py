@@ -217,6 +217,8 @@ def test_float16_is_refused_by_name_and_passed_over_by_default(monkeypatch):
         pick_matmul("pallas_tpu", jnp.float16)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert api.default_implementation(jnp.bfloat16) == "pallas_tpu"
+    with jax.set_mesh(make_mesh(c.MeshConfig(expert=2))):
+        assert api.default_implementation(jnp.bfloat16) == "ragged_dot", "which does not gather the experts"
     assert api.default_implementation(jnp.float16) == "ragged_dot"
 
 

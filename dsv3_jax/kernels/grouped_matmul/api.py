@@ -16,7 +16,7 @@ from dsv3_jax.kernels.grouped_matmul.pallas_tpu import tpu_experts, tpu_matmul
 from dsv3_jax.kernels.grouped_matmul.quantized import Weights, dequantize
 from dsv3_jax.kernels.grouped_matmul.reference import reference_matmul
 from dsv3_jax.ops.dispatch import GroupedMatmul, grouped_dispatch
-from dsv3_jax.sharding import per_shard
+from dsv3_jax.sharding import num_shards, per_shard
 
 IMPLEMENTATIONS = {
     "bucketed": bucketed_experts,
@@ -50,13 +50,16 @@ def refusal(name: str, dtype: Any) -> str | None:
 def default_implementation(dtype: Any) -> str:
     """What runs where none is named: "bucketed" on CPU, the kernel on TPU if it can, XLA's "ragged_dot" elsewhere.
 
+    XLA's too where a mesh splits the experts' weights: the kernels would gather all of them on every device.
+
     The CPU's by measurement on a 2-core x86 VM (Xeon with AVX-512, float32; docs/results/dispatch.md, repeated by
     `benchmark.py --suite=dispatch`). Times of ragged_dot / bucketed, forward and backward of 2048 tokens: 12 with 4 of
     16 experts, 9 with these skewed, 27 with 2 of 128; forward alone of 4 tokens, 4 of 16 experts: 2.7. Times of dense /
     bucketed: 2.7, 1.8, 11 and 1.5. Neither GPU nor TPU was measured: `benchmark.py --suite=grouped_matmul` does.
     """
     name = {"cpu": "bucketed", "tpu": "pallas_tpu"}.get(jax.default_backend(), "ragged_dot")
-    return "ragged_dot" if refusal(name, dtype) else name
+    gathers = name in KERNELS and num_shards(axes.EXPERTS) * num_shards(axes.EXPERT_MLP) > 1
+    return "ragged_dot" if gathers or refusal(name, dtype) else name
 
 
 def grouped_experts(
