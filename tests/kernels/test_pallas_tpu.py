@@ -192,6 +192,32 @@ def test_errors_against_float64_are_those_of_xlas_attention(name, dtype):
     assert np.mean(errors["pallas_tpu"]) <= 1.5 * np.mean(errors["reference"]) + np.finfo(np.float32).eps, errors
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HARD)
+def test_gradients_of_hard_inputs_are_as_exact_as_those_of_plain_jax(name):
+    """float32, against float64. Gradients of queries and keys only where they are not differences of equal numbers."""
+    settings = {"pattern": c.Windowed(40), "scale": 0.25}
+
+    def differentiate(implementation):
+        def total(q, k, v, dout):
+            return jnp.sum(windowed_attention(q, k, v, **settings, implementation=implementation)[0] * dout)
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+
+    runs = {implementation: differentiate(implementation) for implementation in ("pallas_tpu", "blocked")}
+    errors: dict[str, list[list[float]]] = {implementation: [] for implementation in runs}
+    for seed in range(5):
+        given = *HARD[name](*draw(seed, 1, 128, 2, 1, 16, 16)), jax.random.normal(fresh_key(50 + seed), (1, 128, 2, 16))
+        with jax.enable_x64(True):
+            exact = differentiate("reference")(*(jnp.asarray(np.asarray(x, np.float64)) for x in given))
+        for implementation, run in runs.items():
+            pairs = [[np.asarray(x, np.float64) for x in pair] for pair in zip(run(*given), exact, strict=True)]
+            errors[implementation].append([float(np.linalg.norm(a - e) / np.linalg.norm(e)) for a, e in pairs])
+    ours, plain = (np.mean(errors[name], axis=0) for name in ("pallas_tpu", "blocked"))
+    compared = slice(None) if name == "random" else slice(2, None)
+    assert np.all(ours[compared] <= 1.5 * plain[compared] + 2 * np.finfo(np.float32).eps), (ours, plain)
+
+
 def test_rows_that_see_nothing_give_zeros_minus_infinity_and_no_gradient():
     q, k, v = draw(1, 1, 140, 2, 2, 8, 8)
     place = Place(jnp.arange(140)[None], jnp.where(jnp.arange(140) < 3, 1, 0)[None])

@@ -179,7 +179,7 @@ def _forward_kernel(
         some_1S = total_1S > 0
         safe_1S = jnp.where(some_1S, total_1S, 1.0)
         out_ref[...] = jnp.transpose(acc_ref[...] / safe_1S).astype(out_ref.dtype)
-        lse_ref[...] = jnp.where(some_1S, peak_ref[...] * settings.unit + jnp.log(safe_1S), -jnp.inf)
+        lse_ref[...] = jnp.where(some_1S, peak_ref[...] + jnp.log(safe_1S) / settings.unit, -jnp.inf)
 
 
 def _gradients(
@@ -196,7 +196,7 @@ def _gradients(
 
     for piece, (scores_KS, slope_KS, dweights_KS) in _ahead(settings, kind, issue):
         # lse is +inf where a query sees nothing: all its weights are 0
-        weights_KS = jnp.exp2(scores_KS * settings.exponent - piece.of(lse_ref) * math.log2(math.e))
+        weights_KS = jnp.exp2((scores_KS - piece.of(lse_ref)) * settings.exponent)  # the difference of large ones first
         if kind != WHOLE:
             weights_KS = jnp.where(_hidden(piece, first_ref, last_ref, start), 0.0, weights_KS)
         dscores_KS = weights_KS * (dweights_KS - piece.of(delta_ref))
@@ -338,7 +338,7 @@ def _call(
 
 
 def _run_forward(settings: _Settings, q_BHTN, k_BGTN, v_BGTM, first_BT, last_BT) -> tuple[jax.Array, jax.Array]:
-    """out_BHTM, and lse_BH1T."""
+    """out_BHTM, and lse_BH1T in `settings.unit`: exactly the largest score where that is all there is."""
     (B, H, T, N), (G, M) = q_BHTN.shape, (v_BGTM.shape[1], v_BGTM.shape[3])
     S, K = settings.q_block, settings.k_block
     schedule = schedule_by_query(settings.pairs_S2, first_BT, last_BT, S, K, settings.chunk)
@@ -419,12 +419,12 @@ def _run_backward(settings: _Settings, saved: Any, cotangents: Any):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(settings: _Settings, q_BHTN, k_BGTN, v_BGTM, first_BT, last_BT) -> tuple[jax.Array, jax.Array]:
-    return _run_forward(settings, q_BHTN, k_BGTN, v_BGTM, first_BT, last_BT)
+    return _attend_forward(settings, q_BHTN, k_BGTN, v_BGTM, first_BT, last_BT)[0]
 
 
 def _attend_forward(settings: _Settings, *inputs):
     out, lse = _run_forward(settings, *inputs)
-    return (out, lse), (*inputs, out, lse)
+    return (out, lse * settings.unit), (*inputs, out, lse)
 
 
 _attend.defvjp(_attend_forward, _run_backward)
