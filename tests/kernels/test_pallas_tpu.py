@@ -68,9 +68,9 @@ def test_steps_of_the_grids_grow_with_the_window():
 
         return grids(jax.grad(loss, argnums=(0, 1, 2)), *args)
 
-    assert steps(c.Windowed(512), 8192) == [(1, 4, 31), (1, 4, 31), (1, 2, 62)]
-    assert steps(c.Windowed(512), 16384) == [(1, 4, 63), (1, 4, 63), (1, 2, 126)]
-    assert steps(c.Full(), 8192) == [(1, 4, 136), (1, 4, 136), (1, 2, 272)]
+    assert steps(c.Windowed(512), 8192) == [(1, 4, 31, 1), (1, 4, 31, 1), (1, 2, 31, 2)]
+    assert steps(c.Windowed(512), 16384) == [(1, 4, 63, 1), (1, 4, 63, 1), (1, 2, 63, 2)]
+    assert steps(c.Full(), 8192) == [(1, 4, 136, 1), (1, 4, 136, 1), (1, 2, 136, 2)]
 
 
 def attend(blocks, place, pattern, q, k, v):
@@ -146,10 +146,10 @@ def test_many_blocks_of_every_kind_agree_with_the_oracle(pattern, causal, softca
 
 @pytest.mark.quick
 def test_a_schedule_that_no_tpu_can_hold_is_refused():
-    args = [jax.ShapeDtypeStruct((4, 131072, heads, 128), jnp.bfloat16) for heads in (8, 1, 1)]
-    with pytest.raises(c.ConfigError, match="the schedule of 4 rows a device .* bytes of scalar memory.*'blocked'"):
+    args = [jax.ShapeDtypeStruct((16, 131072, heads, 128), jnp.bfloat16) for heads in (8, 1, 1)]
+    with pytest.raises(c.ConfigError, match="the schedule of 16 rows a device .* bytes of scalar memory.*'blocked'"):
         jax.eval_shape(lambda q, k, v: jax.grad(lambda q: jnp.sum(
-            tpu_attention(Call(q, k, v, whole_row(4, 131072), c.Full(), 0.1))[0].astype(jnp.float32)
+            tpu_attention(Call(q, k, v, whole_row(16, 131072), c.Full(), 0.1))[0].astype(jnp.float32)
         ))(q), *args)  # fmt: skip
 
 

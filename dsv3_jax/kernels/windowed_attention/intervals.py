@@ -61,7 +61,7 @@ class Schedule(NamedTuple):
 
     owner_S, other_S: blocks of each step; the owner's results are kept on chip from its first step to its last.
     fetch_BS: the other block that is in memory: at steps that are skipped the one before, so that nothing is loaded.
-    With several heads a step, head · (number of other blocks) is added to it. kind_BS: SKIPPED, MASKED, …
+    kind_BS: SKIPPED, MASKED, …
     """
 
     owner_S: np.ndarray
@@ -92,10 +92,10 @@ def _kinds(
     return kind_BS.astype(jnp.int32)
 
 
-def _schedule(owner_S: np.ndarray, other_S: np.ndarray, fetch_S: np.ndarray, kind_BS: jax.Array) -> Schedule:
+def _schedule(owner_S: np.ndarray, other_S: np.ndarray, kind_BS: jax.Array) -> Schedule:
     step_S = jnp.arange(len(owner_S), dtype=jnp.int32)
     at_BS = jax.lax.cummax(jnp.where(kind_BS > SKIPPED, step_S, 0), axis=1)
-    return Schedule(owner_S, other_S, jnp.asarray(fetch_S)[at_BS], kind_BS)
+    return Schedule(owner_S, other_S, jnp.asarray(other_S)[at_BS], kind_BS)
 
 
 def schedule_by_query(
@@ -104,20 +104,15 @@ def schedule_by_query(
     """Query blocks own their steps. first_BT, last_BT: of `visible_interval`, padded to whole blocks with T and −1.
     part: into how large parts LOWER and UPPER cut blocks of one size."""
     q_S, k_S = pairs_S2.T
-    return _schedule(q_S, k_S, k_S, _kinds(pairs_S2, first_BT, last_BT, q_block, k_block, part))
+    return _schedule(q_S, k_S, _kinds(pairs_S2, first_BT, last_BT, q_block, k_block, part))
 
 
 def schedule_by_key(
-    pairs_S2: np.ndarray, first_BT: jax.Array, last_BT: jax.Array, q_block: int, k_block: int, part: int, heads: int
+    pairs_S2: np.ndarray, first_BT: jax.Array, last_BT: jax.Array, q_block: int, k_block: int, part: int
 ) -> Schedule:
-    """Key blocks own their steps: each of `heads` query heads in turn, and its query blocks."""
-    count = first_BT.shape[1] // q_block
-    head_S, index_S = (x.ravel() for x in np.indices((heads, len(pairs_S2)), np.int32))
-    order_S = np.lexsort((pairs_S2[index_S, 0], head_S, pairs_S2[index_S, 1]))
-    head_S, index_S = head_S[order_S], index_S[order_S]
-    q_S, k_S = pairs_S2[index_S].T
-    kind_BS = _kinds(pairs_S2, first_BT, last_BT, q_block, k_block, part)[:, index_S]
-    return _schedule(k_S, q_S, head_S * count + q_S, kind_BS)
+    """Key blocks own their steps, in the order of their query blocks."""
+    q_S, k_S = ordered_S2 = pairs_S2[np.lexsort((pairs_S2[:, 0], pairs_S2[:, 1]))].T
+    return _schedule(k_S, q_S, _kinds(ordered_S2.T, first_BT, last_BT, q_block, k_block, part))
 
 
 def inner_bounds(first_BT: jax.Array, last_BT: jax.Array, block: int) -> jax.Array:

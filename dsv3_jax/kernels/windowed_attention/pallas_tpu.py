@@ -23,6 +23,7 @@ from dsv3_jax.kernels.windowed_attention.global_set import attend_with_globals
 from dsv3_jax.kernels.windowed_attention.intervals import (
     LOWER,
     MASKED,
+    SKIPPED,
     UPPER,
     WHOLE,
     Schedule,
@@ -128,10 +129,11 @@ def _hidden(piece: _Piece, first_ref: Any, last_ref: Any, start: Any) -> jax.Arr
 def _at(schedule_refs: Any, num_steps: int) -> tuple[Any, Any, Any, Any, Any]:
     """Of this step: owner, other block, kind, and whether it is the first and the last of its owner."""
     owner_ref, other_ref, _, kind_ref = schedule_refs
-    batch, step = pl.program_id(0), pl.program_id(2)
+    batch, step, member = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     owner = owner_ref[step]
     first = (step == 0) | (owner_ref[jnp.maximum(step - 1, 0)] != owner)
     last = (step == num_steps - 1) | (owner_ref[jnp.minimum(step + 1, num_steps - 1)] != owner)
+    first, last = first & (member == 0), last & (member == pl.num_programs(3) - 1)
     return owner, other_ref[step], kind_ref[batch * num_steps + step], first, last
 
 
@@ -251,24 +253,26 @@ def _dkv_kernel(
 
 
 class _Specs:
-    """Which block of an array is in memory at a step of the grid (B, heads, steps).
+    """Which block of an array is in memory at a step of the grid (B, heads, steps, members).
 
     Arrays are [B, heads, T, width], of queries or of keys. Blocks of the owners follow the steps, others are fetched.
-    by_key: keys own, and the grid's heads are theirs.
+    by_key: keys own, the grid's heads are theirs, and its members the query heads of each; else there is one member.
     """
 
-    def __init__(self, settings: _Settings, schedule: Schedule, group: int, count: int, by_key: bool):
+    def __init__(self, settings: _Settings, schedule: Schedule, group: int, by_key: bool):
         self.settings, self.num_steps = settings, schedule.kind_BS.shape[1]
-        self._group, self._count, self._by_key = group, count, by_key
+        self.members = group if by_key else 1
+        self._group, self._by_key = group, by_key
 
-    def _place(self, of_query: bool, b, h, s, owner_ref, fetch_ref):
+    def _place(self, of_query: bool, b, h, s, j, owner_ref, fetch_ref, kind_ref):
         """Head and block."""
         if of_query != self._by_key:  # the owner
             return h, owner_ref[s]
-        fetch = fetch_ref[b * self.num_steps + s]
-        if self._by_key:
-            return h * self._group + jax.lax.div(fetch, self._count), jax.lax.rem(fetch, self._count)
-        return jax.lax.div(h, self._group), fetch
+        step = b * self.num_steps + s
+        if not self._by_key:
+            return jax.lax.div(h, self._group), fetch_ref[step]
+        member = jnp.where(kind_ref[step] == SKIPPED, self._group - 1, j)  # what the step before had last
+        return h * self._group + member, fetch_ref[step]
 
     def _block(self, of_query: bool) -> int:
         return self.settings.q_block if of_query else self.settings.k_block
@@ -276,8 +280,8 @@ class _Specs:
     def rows(self, of_query: bool, width: int) -> pl.BlockSpec:
         """[block, width] of [B, heads, T, width]."""
 
-        def index(b, h, s, owner_ref, other_ref, fetch_ref, kind_ref):
-            head, block = self._place(of_query, b, h, s, owner_ref, fetch_ref)
+        def index(b, h, s, j, owner_ref, other_ref, fetch_ref, kind_ref):
+            head, block = self._place(of_query, b, h, s, j, owner_ref, fetch_ref, kind_ref)
             return b, head, block, 0
 
         return pl.BlockSpec((None, None, self._block(of_query), width), index)
@@ -285,8 +289,8 @@ class _Specs:
     def columns(self, of_query: bool, width: int) -> pl.BlockSpec:
         """[width, block] of [B, heads, width, T]."""
 
-        def index(b, h, s, owner_ref, other_ref, fetch_ref, kind_ref):
-            head, block = self._place(of_query, b, h, s, owner_ref, fetch_ref)
+        def index(b, h, s, j, owner_ref, other_ref, fetch_ref, kind_ref):
+            head, block = self._place(of_query, b, h, s, j, owner_ref, fetch_ref, kind_ref)
             return b, head, 0, block
 
         return pl.BlockSpec((None, None, width, self._block(of_query)), index)
@@ -294,8 +298,8 @@ class _Specs:
     def interval(self) -> pl.BlockSpec:
         """[1, block] of [B, 1, T], of queries, for all heads."""
 
-        def index(b, h, s, owner_ref, other_ref, fetch_ref, kind_ref):
-            return b, 0, self._place(True, b, h, s, owner_ref, fetch_ref)[1]
+        def index(b, h, s, j, owner_ref, other_ref, fetch_ref, kind_ref):
+            return b, 0, self._place(True, b, h, s, j, owner_ref, fetch_ref, kind_ref)[1]
 
         return pl.BlockSpec((None, 1, self._block(True)), index)
 
@@ -303,26 +307,26 @@ class _Specs:
 def _call(
     kernel: Any, specs: _Specs, schedule: Schedule, heads: int, inputs: Any, outputs: Any, scratch: Any, flops: int
 ):
-    """Runs a kernel over the grid (B, heads, steps).
+    """Runs a kernel over the grid (B, heads, steps, members).
 
     inputs: (array, spec) of each. outputs: (shape, dtype, spec) of each. scratch: shapes, float32. flops: of one step.
     """
     settings, (B, num_steps) = specs.settings, schedule.kind_BS.shape
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
-        grid=(B, heads, num_steps),
+        grid=(B, heads, num_steps, specs.members),
         in_specs=[spec for _, spec in inputs],
         out_specs=[spec for _, _, spec in outputs],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     )
-    steps, pair = B * heads * num_steps, settings.q_block * settings.k_block
+    steps, pair = B * heads * num_steps * specs.members, settings.q_block * settings.k_block
     loaded = sum(math.prod(d for d in spec.block_shape if d) * x.dtype.itemsize for x, spec in inputs)
     written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in outputs)
     run = pl.pallas_call(
         functools.partial(kernel, settings, num_steps),
         [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs],
         grid_spec=grid_spec,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
         cost_estimate=pl.CostEstimate(steps * flops, steps * pair, steps * loaded + written),
         interpret=settings.interpret,
         name=kernel.__name__.strip("_"),
@@ -342,7 +346,7 @@ def _run_forward(settings: _Settings, q_BHTN, k_BGTN, v_BGTM, first_BT, last_BT)
     (B, H, T, N), (G, M) = q_BHTN.shape, (v_BGTM.shape[1], v_BGTM.shape[3])
     S, K = settings.q_block, settings.k_block
     schedule = schedule_by_query(settings.pairs_S2, first_BT, last_BT, S, K, settings.chunk)
-    specs = _Specs(settings, schedule, H // G, T // S, by_key=False)
+    specs = _Specs(settings, schedule, H // G, by_key=False)
     return _call(
         _forward_kernel,
         specs,
@@ -388,7 +392,7 @@ def _run_backward(settings: _Settings, saved: Any, cotangents: Any):
         ]
 
     schedule = schedule_by_query(pairs, first_BT, last_BT, S, K, settings.chunk)
-    specs = _Specs(settings, schedule, group, T // S, by_key=False)
+    specs = _Specs(settings, schedule, group, by_key=False)
     (dq_BHTN,) = _call(
         _dq_kernel,
         specs,
@@ -399,8 +403,8 @@ def _run_backward(settings: _Settings, saved: Any, cotangents: Any):
         [(N, S)],
         2 * S * K * (2 * N + M),
     )
-    schedule = schedule_by_key(pairs, first_BT, last_BT, S, K, settings.chunk, group)
-    specs = _Specs(settings, schedule, group, T // S, by_key=True)
+    schedule = schedule_by_key(pairs, first_BT, last_BT, S, K, settings.chunk)
+    specs = _Specs(settings, schedule, group, by_key=True)
     dk_BGTN, dv_BGTM = _call(
         _dkv_kernel,
         specs,
