@@ -20,11 +20,6 @@ WARPGROUP_ROWS = 64  # of a product
 SWIZZLE_BYTES = 128
 
 
-def width_of(dtype: Any) -> int:
-    """Elements in a swizzled row: the widths of matrices in shared memory are multiples of it."""
-    return SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
-
-
 def refusal(dtype: Any) -> str | None:
     """Why the kernels cannot run inputs of this dtype here; None if they can."""
     if jax.default_backend() != "gpu":  # interpreted: a thread waits for each warpgroup

@@ -88,7 +88,7 @@ def prepare_gpu_compiler(name: str, dump_ptx: bool = False) -> None:
         sys.path.insert(0, str(CUDA_FOLDER))
     tools = [pathlib.Path(path) / "nvidia" / "cu13" for path in sys.path]
     tool_flags = [f"--xla_gpu_cuda_data_dir={path}" for path in tools if path.exists()][:1]
-    flags = " ".join([*tool_flags, "--xla_gpu_autotune_level=0"])
+    flags = " ".join([os.environ.get("XLA_FLAGS", ""), *tool_flags, "--xla_gpu_autotune_level=0"])
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "MOSAIC_GPU_DUMP_PTXAS": "1"}
     if dump_ptx:
         os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"

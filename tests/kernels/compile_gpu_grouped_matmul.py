@@ -43,9 +43,9 @@ def main(kind: str, cases: list[str]) -> None:
         text = compiled.as_text() or ""
         entry = text[text.index("\nENTRY") :]  # what is between two instructions there is in memory
         shapes = [[int(size) for size in dims.split(",")] for dims in re.findall(r"f32\[([\d,]+)\]", entry)]
-        wide = [shape for shape in shapes if math.prod(shape) >= P * K * D]
+        largest = max(map(math.prod, shapes))
         temporary = compiled.memory_analysis().temp_size_in_bytes
-        print(json.dumps({"case": case, "temporary": temporary, "float32": wide, "kernels": kernels}), flush=True)
+        print(json.dumps({"case": case, "temporary": temporary, "float32": largest, "kernels": kernels}), flush=True)
 
 
 if __name__ == "__main__":

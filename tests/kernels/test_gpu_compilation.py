@@ -48,7 +48,14 @@ def test_kernels_multiply_on_tensor_cores_spill_nothing_and_need_no_memory_of_th
 
 def test_odd_shapes_compile_and_spill_little():
     """float16, a soft-cap, rows that fill no block, narrow heads; the widest heads with a soft-cap spill 32 bytes."""
-    cases = "300,24,16,90,float16", "1000,192,128,0,float16", "2,64,64,0"
+    cases = (
+        "300,24,16,90,float16",
+        "1000,192,128,0,float16",
+        "2,64,64,0",
+        "500,160,96,80",
+        "500,64,256,0",
+        "500,256,64,0",
+    )
     for case, line in compiled("compile_gpu_attention.py", *cases).items():
         assert len(line["kernels"]) == 3
         assert all(kernel["spills"] <= 32 for kernel in line["kernels"]), case
@@ -65,7 +72,7 @@ def test_experts_multiply_on_tensor_cores_spill_nothing_and_hold_no_rows_in_floa
             assert kernel["wgmma"] >= 2 * 64 // 16, (case, kernel)  # two tiles, 16 deep an instruction
     P, K, E, D, F = 4096, 8, 32, 7168, 2048
     line = found["4096,8,32,7168,2048"]
-    assert line["float32"] == []
+    assert P * K <= line["float32"] < P * K * min(D, F), "numbers of each row, and no rows"
     assert line["temporary"] < 2 * (E * D * 2 * F + 4 * P * K * D)
 
 
@@ -81,7 +88,8 @@ mesh = jax.sharding.Mesh(np.array(gpu_topology("h100").devices[:1]), ("x",))
 sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 def shape(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
-for T, S, H, G, N, M in ((1, 32768, 128, 1, 576, 512), (4, 32768, 128, 1, 576, 512), (1, 131072, 32, 8, 128, 128)):
+for T, S, H, G, N, M in ((1, 32768, 128, 1, 576, 512), (4, 32768, 128, 1, 576, 512), (1, 131072, 32, 8, 128, 128),
+                         (1, 33000, 16, 8, 256, 256)):
     def run(q, bias, k, *v):  # a cache has the heads of a token in one dimension
         values = v[0].reshape(2, S, G, M) if v else M
         return gpu_decode_attention(q, k.reshape(2, S, G, N), values, bias, 0.1, None, interpret=False)

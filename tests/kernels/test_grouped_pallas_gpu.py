@@ -32,6 +32,14 @@ def test_rows_and_groups_are_those_by_hand_whatever_lies_past_them():
     np.testing.assert_array_equal(groups[1], 0)
 
 
+def test_what_is_not_finite_stays_in_its_group():
+    """Groups of 8 and 56 rows share all that a warpgroup reads at a time."""
+    x, _, dy, _ = drawn(64, 2, 100, 256)
+    x, dy = x.at[0].set(jnp.inf), dy.at[3].set(jnp.nan)
+    groups = jax.jit(gpu_products(interpret=True).groups)(x, dy, jnp.array([8, 56]))
+    assert not np.any(np.isfinite(groups[0])) and np.all(np.isfinite(groups[1]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("save", [True, False])
 def test_swiglu_and_the_transposed_product_are_those_by_hand(save):

@@ -110,8 +110,10 @@ def test_what_the_kernel_cannot_run_is_refused_by_name(monkeypatch):
         x = jnp.ones((1, 4, 1, width), dtype)
         return windowed_attention(x, x, x, pattern=c.Full(), scale=1.0, implementation="pallas_gpu")
 
-    with pytest.raises(c.ConfigError, match="'pallas_gpu': keys and values 256 and 256 wide do not fit the registers"):
-        attend(jnp.bfloat16, 256)
+    for width in (160, 256):  # 160 is 192 in the kernels
+        with pytest.raises(c.ConfigError, match=f"'pallas_gpu': keys and values {width} and {width} wide do not fit"):
+            attend(jnp.bfloat16, width)
+    assert api.refusal("pallas_gpu", jnp.bfloat16, (32, 288)) and not api.refusal("pallas_gpu", jnp.bfloat16, (160, 96))
     with monkeypatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: [None] * 2)
         with pytest.raises(c.ConfigError, match="takes four threads: set XLA_FLAGS"):

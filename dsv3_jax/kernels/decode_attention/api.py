@@ -1,5 +1,6 @@
 """Picks an implementation of attention to a cache."""
 
+import math
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from dsv3_jax import axes
 from dsv3_jax.config import ConfigError
 from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
-from dsv3_jax.kernels.decode_attention.pallas_tpu import tpu_decode_attention
+from dsv3_jax.kernels.decode_attention.pallas_tpu import fits, tpu_decode_attention
 from dsv3_jax.kernels.decode_attention.reference import whole_attention
 from dsv3_jax.sharding import per_shard, repeat_key_heads
 
@@ -20,22 +21,24 @@ IMPLEMENTATIONS = {
 }
 
 
-def refusal(name: str, dtype: Any, value_width: int = 0) -> str | None:
-    """Why an implementation cannot run a cache of this dtype, and values so wide; None if it can."""
+def refusal(name: str, dtype: Any, value_width: int = 0, bytes_a_slot: int = 0) -> str | None:
+    """Why an implementation cannot run a cache of this dtype, values so wide, and so much in a slot; None if it can."""
     if name == "pallas_tpu" and dtype == jnp.float16:
         return "TPUs have no float16; use bfloat16"
+    if name == "pallas_tpu" and not fits(bytes_a_slot):
+        return f"{bytes_a_slot:,} bytes a slot of the cache do not fit on the chip; use 'reference'"
     if name == "pallas_gpu" and value_width > 512:
         return f"values {value_width} wide do not fit the registers of two warpgroups: at most 512"
     return hopper.refusal(dtype) if name == "pallas_gpu" else None
 
 
-def default_implementation(dtype: Any) -> str:
-    """The TPU's kernel on a TPU if it takes this dtype, else "reference".
+def default_implementation(dtype: Any, bytes_a_slot: int = 0) -> str:
+    """The TPU's kernel on a TPU if it can run this (`refusal`), else "reference".
 
     On a GPU "reference" too: "pallas_gpu" has been compiled for an H100 and interpreted, and has not yet run on one.
     """
     name = {"tpu": "pallas_tpu"}.get(jax.default_backend(), "reference")
-    return "reference" if refusal(name, dtype) else name
+    return "reference" if refusal(name, dtype, 0, bytes_a_slot) else name
 
 
 def decode_attention(
@@ -65,16 +68,18 @@ def decode_attention(
     Raises:
       ConfigError: an unknown implementation, or one that cannot run this (`refusal`).
     """
-    name = implementation or default_implementation(k_BSGN.dtype)
+    arrays = [x for x in (k_BSGN, v_BSGM) if not isinstance(x, int)]
+    bytes_a_slot = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in arrays)
+    name = implementation or default_implementation(k_BSGN.dtype, bytes_a_slot)
     if name not in IMPLEMENTATIONS:
         raise ConfigError(f"implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
-    if reason := refusal(name, k_BSGN.dtype, v_BSGM if isinstance(v_BSGM, int) else v_BSGM.shape[-1]):
+    value_width = v_BSGM if isinstance(v_BSGM, int) else v_BSGM.shape[-1]
+    if reason := refusal(name, k_BSGN.dtype, value_width, bytes_a_slot):
         raise ConfigError(f"implementation={name!r}: {reason}")
     bias_BTS = jnp.where(mask_BTS, 0.0 if bias_BTS is None else bias_BTS, -jnp.inf).astype(jnp.float32)
     if name == "reference":  # XLA splits it
         return whole_attention(q_BTHN, k_BSGN, v_BSGM, bias_BTS, scale, softcap)
-    H = q_BTHN.shape[2]
-    k_BSGN, *values = (repeat_key_heads(H, x) for x in (k_BSGN, v_BSGM) if not isinstance(x, int))
+    k_BSGN, *values = (repeat_key_heads(q_BTHN.shape[2], x) for x in arrays)
 
     def attend(q, bias, k, *values):
         return IMPLEMENTATIONS[name](q, k, values[0] if values else v_BSGM, bias, scale, softcap)

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3_jax.config import ConfigError
 from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, Ring, Warpgroup, interpreter
 
 PIECE = 64  # columns of a matrix
 WIDEST_RESULT = 4  # pieces in the registers of a warpgroup
 SLOTS = 3  # of the ring
 PROCESSORS = 132  # of an H100
+MEMORY = 230_000  # bytes of shared memory that a block of threads may take
 LOWEST = -1e30  # where running maxima begin
 HIDDEN = -2e30  # the bias of a slot that is not seen: its exponential is 0 beside LOWEST too
 
@@ -101,7 +103,6 @@ def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barri
         accs, peak_R, total_R = jax.lax.fori_loop(0, stop - first, step_of, carry)
         some_R = total_R > 0
         safe_R = jnp.where(some_R, total_R, 1.0)
-        lse_smem[group] = jnp.where(some_R, peak_R + jnp.log(safe_R), -jnp.inf)
         for i, acc in enumerate(accs):
             out_smem[group] = acc / jax.lax.broadcast_in_dim(safe_R, acc.shape, [0])
             plgpu.commit_smem()
@@ -111,7 +112,9 @@ def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barri
 
         @pl.when(group == 0)
         def _():
-            plgpu.copy_smem_to_gmem(lse_smem.at[group], lse_ref.at[batch, split, head, rows])
+            lse_smem[...] = jnp.where(some_R, peak_R + jnp.log(safe_R), -jnp.inf)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[batch, split, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
     @pl.when(group == settings.readers)
@@ -136,6 +139,26 @@ def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barri
         ring.drain(stop - first)
 
 
+def _block_size(T: int, key_pieces: int, value_pieces: int, readers: int) -> int:
+    """Slots in a step: as many as fit shared memory beside the queries and the results.
+
+    Raises:
+      ConfigError: none do.
+    """
+
+    def needed(block: int) -> int:  # matrices have 2 bytes an element, biases and results 4
+        ring = SLOTS * block * ((key_pieces + value_pieces) * PIECE * 2 + T * 4)
+        return ring + WARPGROUP_ROWS * PIECE * (key_pieces * 2 + readers * 4) + WARPGROUP_ROWS * 4
+
+    for block in (64, 32):
+        if needed(block) <= MEMORY:
+            return block
+    raise ConfigError(
+        f"implementation='pallas_gpu': keys {key_pieces * PIECE} and values {value_pieces * PIECE} wide and {T} tokens "
+        f"take {needed(32):,} bytes of shared memory, a block of threads has {MEMORY:,}; use 'reference'"
+    )
+
+
 def gpu_decode_attention(
     q_BTHN: jax.Array,
     k_BSGN: jax.Array,
@@ -147,7 +170,7 @@ def gpu_decode_attention(
     splits: int | None = None,
     interpret: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.decode_attention`. Widths of no whole 64, and slots of no whole block, cost a copy of the cache.
+    """See `api.decode_attention`. Widths of no whole 64 cost a copy of the cache.
 
     Args:
       splits: of the slots; by default as many as fill the GPU.
@@ -159,12 +182,13 @@ def gpu_decode_attention(
     readers = -(-m // WIDEST_RESULT)
     m += -m % readers
     n = max(-(-N // PIECE), m if isinstance(v_BSGM, int) else 0)
-    block = 64 if n + m <= 8 else 32
+    block = _block_size(T, n, 0 if isinstance(v_BSGM, int) else m, readers)
     interpreted = jax.default_backend() != "gpu" if interpret is None else interpret
     settings = _Settings(scale, softcap, block, readers, group, interpreted)
 
     def flat(x_BSGN: jax.Array, pieces: int) -> jax.Array:
-        padding = -S % block, pieces * PIECE - x_BSGN.shape[-1]
+        # The chip reads zeros past the cache; the interpreter does not.
+        padding = -S % block if interpreted else 0, pieces * PIECE - x_BSGN.shape[-1]
         padded = jnp.pad(x_BSGN, ((0, 0), (0, padding[0]), (0, 0), (0, padding[1]))) if any(padding) else x_BSGN
         return padded.reshape(B, S + padding[0], -1)
 
@@ -185,7 +209,7 @@ def gpu_decode_attention(
         matrix(SLOTS, n, block, PIECE),
         plgpu.SMEM((SLOTS, T, block), jnp.float32),
         plgpu.SMEM((readers, WARPGROUP_ROWS, PIECE), jnp.float32),
-        plgpu.SMEM((readers, WARPGROUP_ROWS), jnp.float32),
+        plgpu.SMEM((WARPGROUP_ROWS,), jnp.float32),
         *[matrix(SLOTS, m, block, PIECE) for _ in arrays[1:]],
     ]
     copies = n + (m if len(arrays) == 2 else 0) + T

@@ -14,16 +14,17 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 LOWEST = -1e30  # where running maxima begin
 HIDDEN = -2e30  # the score of a slot that is not seen: its exponential is 0 beside LOWEST too
-LARGEST_BLOCK = 2**21  # bytes of keys, or of values: twice each are in memory
+MEMORY = 60 * 2**20  # bytes on the chip that the kernel may take, of 64 MiB (v5p, TPU7x) or 128 MiB (v5e, v6e)
+LARGEST_BLOCK = 2**22  # bytes of keys and values that are aimed at; twice that are in memory
 LONGEST_BLOCK = 1024  # slots
 
 
-def _kernel(scale: float, softcap: float | None, heads: int, fetch_ref, seen_ref, q_ref, k_ref, *refs):
+def _kernel(scale: float, softcap: float | None, heads: int, slots: int, fetch_ref, seen_ref, q_ref, k_ref, *refs):
     *values, bias_ref, out_ref, lse_ref, peak_ref, total_ref, acc_ref = refs
     v_ref = values[0] if values else k_ref
     batch, step, steps = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
     (T, H, N), M = q_ref.shape, out_ref.shape[2]
-    group = H // heads
+    group, block = H // heads, k_ref.shape[0]
     precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dot = functools.partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
@@ -40,6 +41,9 @@ def _kernel(scale: float, softcap: float | None, heads: int, fetch_ref, seen_ref
             for head in range(heads):
                 rows = pl.ds(head * group, group)
                 k_SN, v_SM = k_ref[:, pl.ds(head * N, N)], v_ref[:, pl.ds(head * M, M)]
+                if slots % block:  # 0 · NaN is NaN
+                    slot_S1 = jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0)
+                    v_SM = jnp.where(slot_S1 < slots - fetch_ref[batch * steps + step] * block, v_SM, 0)
                 scores_hS = dot(q_ref[token, rows], k_SN, (((1,), (1,)), ((), ()))) * scale
                 scores_hS = scores_hS if softcap is None else softcap * jnp.tanh(scores_hS / softcap)
                 scores_hS = jnp.where(bias_1S == -jnp.inf, HIDDEN, scores_hS + bias_1S)
@@ -65,6 +69,11 @@ def block_size(slots: int, bytes_a_slot: int) -> int:
     return min(max(block, LANES), LONGEST_BLOCK, -(-slots // LANES) * LANES)
 
 
+def fits(bytes_a_slot: int) -> bool:
+    """Whether the smallest block, read ahead and converted, fits on the chip."""
+    return 3 * LANES * bytes_a_slot <= MEMORY // 2
+
+
 def tpu_decode_attention(
     q_BTHN: jax.Array,
     k_BSGN: jax.Array,
@@ -85,16 +94,10 @@ def tpu_decode_attention(
     (B, T, H, N), (S, G) = q_BTHN.shape, k_BSGN.shape[1:3]
     arrays = [k_BSGN] if isinstance(v_BSGM, int) else [k_BSGN, v_BSGM]
     M = v_BSGM if isinstance(v_BSGM, int) else v_BSGM.shape[-1]
-    block = block or block_size(S, G * max(N, M) * k_BSGN.dtype.itemsize)
-    padding = -S % block  # a copy of the cache, where its slots are not whole blocks
-
-    def flat(x_BSGN: jax.Array) -> jax.Array:
-        x_BSX = x_BSGN.reshape(B, S, -1)
-        return jnp.pad(x_BSX, ((0, 0), (0, padding), (0, 0))) if padding else x_BSX
-
-    arrays = [flat(x) for x in arrays]
-    bias_BTS = jnp.pad(bias_BTS, ((0, 0), (0, 0), (0, padding)), constant_values=-jnp.inf)
-    steps = (S + padding) // block
+    arrays = [x_BSGN.reshape(B, S, -1) for x_BSGN in arrays]
+    block = block or block_size(S, sum(x_BSX.shape[2] * x_BSX.dtype.itemsize for x_BSX in arrays))
+    steps = pl.cdiv(S, block)  # the last block may end past the cache, with anything
+    bias_BTS = jnp.pad(bias_BTS, ((0, 0), (0, 0), (0, steps * block - S)), constant_values=-jnp.inf)
     seen_Bn = jnp.any(bias_BTS.reshape(B, T, steps, block) > -jnp.inf, axis=(1, 3))
     # What is not seen is not loaded: the block before stays.
     fetch_Bn = jax.lax.cummax(jnp.where(seen_Bn, jnp.arange(steps), 0), axis=1).astype(jnp.int32)
@@ -108,7 +111,7 @@ def tpu_decode_attention(
     of_bias = pl.BlockSpec((None, T, block), lambda b, s, fetch, seen: (b, 0, fetch[b * steps + s]))
     read = sum(x.size * x.dtype.itemsize for x in arrays)
     out_BTHM, lse_BTH1 = pl.pallas_call(
-        functools.partial(_kernel, scale, softcap, G),
+        functools.partial(_kernel, scale, softcap, G, S),
         [jax.ShapeDtypeStruct((B, T, H, M), k_BSGN.dtype), jax.ShapeDtypeStruct((B, T, H, 1), jnp.float32)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -117,7 +120,7 @@ def tpu_decode_attention(
             out_specs=[of_queries(M), of_queries(1)],
             scratch_shapes=[pltpu.VMEM((T, H, width), jnp.float32) for width in (1, 1, M)],
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MEMORY),
         cost_estimate=pl.CostEstimate(2 * B * T * H * S * (N + M), B * T * H * S, read + q_BTHN.size * 4),
         interpret=jax.default_backend() != "tpu" if interpret is None else interpret,
         name="decode_attention",

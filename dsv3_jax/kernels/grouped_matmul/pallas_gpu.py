@@ -119,7 +119,8 @@ def _rows_kernel(
 def _groups_kernel(settings: _Settings, refs: Any, shared: Any, barriers: Any) -> None:
     x_ref, dy_ref, start_ref, out_ref = refs
     x_smem, dy_smem, out_smem = shared
-    own, ring = settings.warpgroup, Ring(SLOTS, *barriers)
+    *ring_barriers, cleared_barrier = barriers
+    own, ring = settings.warpgroup, Ring(SLOTS, *ring_barriers)
     expert, row, column, group = (jax.lax.axis_index(name) for name in ("experts", "rows", "columns", "warpgroup"))
     start, end = start_ref[expert], start_ref[expert + 1]
     first = jax.lax.div(start, jnp.int32(DEPTH))
@@ -133,11 +134,14 @@ def _groups_kernel(settings: _Settings, refs: Any, shared: Any, barriers: Any) -
             begin = (first + step) * DEPTH
 
             @pl.when((begin < start) | (begin + DEPTH > end))
-            def _():  # rows of other groups
-                row_ids = own.iota((DEPTH, WARPGROUP_ROWS), 0) + begin
-                x = x_smem[slot, group]
-                x_smem[slot, group] = jnp.where((row_ids >= start) & (row_ids < end), x, jnp.zeros_like(x))
+            def _():  # rows of other groups, which may hold anything: each warpgroup clears half of both factors
+                for smem in (x_smem, dy_smem):
+                    values = smem[slot, group]
+                    row_ids = own.iota(values.shape, 0) + begin
+                    smem[slot, group] = jnp.where((row_ids >= start) & (row_ids < end), values, jnp.zeros_like(values))
                 plgpu.commit_smem()
+                plgpu.barrier_arrive(cleared_barrier)
+                plgpu.barrier_wait(cleared_barrier)
 
             x = own.transposed(x_smem.at[slot, group])
             return [(x, dy_smem.at[slot, i]) for i in range(2)]
@@ -271,9 +275,7 @@ def _swiglu(
 
 def _groups(settings: _Settings, x_ND: jax.Array, dy_NF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """See `experts.GroupsProduct`."""
-    (num_rows, D), F, dtype, own = x_ND.shape, dy_NF.shape[1], x_ND.dtype, settings.warpgroup
-    # Rows past the groups may hold NaN: the kernel clears those of x, and 0 · NaN would remain.
-    dy_NF = jnp.where(jnp.arange(num_rows)[:, None] < jnp.sum(sizes_E), dy_NF, 0)
+    (_, D), F, dtype, own = x_ND.shape, dy_NF.shape[1], x_ND.dtype, settings.warpgroup
     x_ND, dy_NF = _pad(x_ND, d0=DEPTH, d1=ROWS), _pad(dy_NF, d0=DEPTH, d1=2 * COLUMNS)
     padded = x_ND.shape[1], dy_NF.shape[1]
     start_E1 = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes_E.astype(jnp.int32))])
@@ -289,7 +291,7 @@ def _groups(settings: _Settings, x_ND: jax.Array, dy_NF: jax.Array, sizes_E: jax
             own.matrix(SLOTS, 2, DEPTH, COLUMNS, dtype=dtype),
             own.matrix(READERS, WARPGROUP_ROWS, COLUMNS, dtype=dtype),
         ],
-        [*Ring.barriers(SLOTS, READERS + 2, READERS)],
+        [*Ring.barriers(SLOTS, READERS + 2, READERS), plgpu.Barrier(num_arrivals=READERS)],
     )
     return dw_EDF[:, :D, :F]
 

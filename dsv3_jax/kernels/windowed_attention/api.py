@@ -10,7 +10,7 @@ from dsv3_jax.config import ConfigError, LayerPattern, LearnedGlobal, RuntimeWin
 from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.windowed_attention.blocked import blocked_attention
 from dsv3_jax.kernels.windowed_attention.call import Call
-from dsv3_jax.kernels.windowed_attention.pallas_gpu import WIDEST, gpu_attention
+from dsv3_jax.kernels.windowed_attention.pallas_gpu import WIDEST, WIDEST_PRODUCT, gpu_attention, padded_widths
 from dsv3_jax.kernels.windowed_attention.pallas_tpu import tpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
 from dsv3_jax.ops.patterns import Place
@@ -32,8 +32,12 @@ def refusal(name: str, dtype: Any, widths: tuple[int, int] = (0, 0)) -> str | No
         return "TPUs have no float16; use bfloat16"
     if name != "pallas_gpu":
         return None
-    if sum(widths) > WIDEST:
-        return f"keys and values {widths[0]} and {widths[1]} wide do not fit the registers: at most {WIDEST} together"
+    padded = padded_widths(*widths)
+    if sum(padded) > WIDEST or max(padded) > WIDEST_PRODUCT:
+        return (
+            f"keys and values {widths[0]} and {widths[1]} wide do not fit the registers: in multiples of 64, at most "
+            f"{WIDEST} together and {WIDEST_PRODUCT} each"
+        )
     return hopper.refusal(dtype)
 
 
@@ -84,6 +88,8 @@ def windowed_attention(
     B, T, H, N = q_BTHN.shape
     if k_BTGN.shape[:2] != (B, T) or v_BTGM.shape[:3] != k_BTGN.shape[:3] or k_BTGN.shape[3] != N:
         raise ValueError(f"q {q_BTHN.shape}, k {k_BTGN.shape}, v {v_BTGM.shape}: batch, length, heads or width differ")
+    if not q_BTHN.dtype == k_BTGN.dtype == v_BTGM.dtype:
+        raise ValueError(f"q {q_BTHN.dtype}, k {k_BTGN.dtype}, v {v_BTGM.dtype}: must be of one dtype")
     if H % k_BTGN.shape[2]:
         raise ValueError(f"{H} query heads are not a multiple of {k_BTGN.shape[2]} key heads")
     widths = N, v_BTGM.shape[3]
