@@ -1,5 +1,8 @@
 """Attention = projection × pattern, of a whole sequence to itself or of new tokens to a cache."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -122,21 +125,27 @@ class Attention(nn.Module):
             mask_BTS &= local == (jnp.arange(layout.slots) < layout.ring)
         keys, values = stored_keys_values(self.config, cache[: len(heads.stored)])
         scale, softcap = softmax_scale(attention), attention.softcap
+        name = attention.implementation  # kernels bear the same names; plain JAX has one form here
+        attend = functools.partial(
+            decode_attention,
+            scale=scale,
+            softcap=softcap,
+            implementation="reference" if name in ("blocked", "chunked") else name,
+        )
         if isinstance(pattern, Sparse) and pattern.stage == "sparse" and pattern.top_k < layout.slots:
             assert index is not None
             scores_BTS = jnp.where(mask_BTS, index_scores(index._replace(k_BSI=cache[-1])), -jnp.inf)
-            return _attend_best(heads.q_BTHN, keys, values, scores_BTS, pattern.top_k, scale, softcap)
-        return decode_attention(heads.q_BTHN, keys, values, mask_BTS, scale=scale, bias_BTS=bias_BTS, softcap=softcap)
+            return _attend_best(attend, heads.q_BTHN, keys, values, scores_BTS, pattern.top_k)
+        return attend(heads.q_BTHN, keys, values, mask_BTS, bias_BTS=bias_BTS)
 
 
 def _attend_best(
+    attend: Callable[..., tuple[jax.Array, jax.Array]],
     q_BTHN: jax.Array,
     k_BSGN: jax.Array,
     v_BSGM: jax.Array | int,
     scores_BTS: jax.Array,
     count: int,
-    scale: float,
-    softcap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of each query to its own `count` best keys, gathered: linear in `count`, not in S."""
     B, T = q_BTHN.shape[:2]
@@ -149,5 +158,5 @@ def _attend_best(
     q = q_BTHN.reshape(B * T, 1, *q_BTHN.shape[2:])
     mask = (best_BTK > -jnp.inf).reshape(B * T, 1, count)
     values = v_BSGM if isinstance(v_BSGM, int) else gather(v_BSGM)
-    out, lse = decode_attention(q, gather(k_BSGN), values, mask, scale=scale, softcap=softcap)
+    out, lse = attend(q, gather(k_BSGN), values, mask)
     return out.reshape(B, T, *out.shape[2:]), jnp.swapaxes(lse.reshape(B, T, -1), 1, 2)

@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from dsv3_jax import config as c
+from dsv3_jax.kernels.decode_attention import api
 from dsv3_jax.kernels.sparse_attention import sparse_attention
 from dsv3_jax.models.stack import unstack_layers
 from dsv3_jax.models.transformer import Transformer, make_cache
@@ -319,3 +320,22 @@ def test_a_sink_is_a_key_without_a_value(tokens):
     expected = Transformer(plain).apply(variables, tokens).logits_BTV
     assert_close(Transformer(model).apply(low, tokens).logits_BTV, expected, 1e-6)
     assert np.abs(Transformer(model).apply(variables, tokens).logits_BTV - expected).max() > 1e-3
+
+
+def test_decoding_runs_the_kernel_that_the_config_names(monkeypatch):
+    """A latent layer decodes through the interpreted kernels as without them."""
+    seen = []
+    kernel = api.IMPLEMENTATIONS["pallas_tpu"]
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_tpu", lambda *a: seen.append(1) or kernel(*a))
+    base = tiny_model(num_layers=1, num_dense_layers=1, moe=None)
+    tokens = jnp.arange(5)[None]
+    logits = {}
+    for name in ("reference", "pallas_tpu"):
+        config = dataclasses.replace(base, attention=dataclasses.replace(base.attention, implementation=name))
+        model = Transformer(config)
+        variables = jax.jit(model.init)(jax.random.key(0), tokens)
+        cache = make_cache(config, 1, max_length=8, step=1)
+        cache = model.apply(variables, tokens[:, :4], cache=cache).cache
+        logits[name] = model.apply(variables, tokens[:, 4:], cache=cache).logits_BTV
+    assert seen
+    assert_close(logits["pallas_tpu"], logits["reference"], 1e-5)
