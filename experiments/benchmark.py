@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from dsv3_jax.command_line import run
 from experiments.suites import Case
 
-SUITES = ("attention", "train_step", "decode", "dispatch", "draft", "tpu_static")
+SUITES = ("attention", "train_step", "decode", "dispatch", "draft", "grouped_matmul", "tpu_static", "long_context")
 SUITE = flags.DEFINE_enum("suite", None, SUITES, "What to time.", required=True)
 CONFIG = flags.DEFINE_string("config", None, "A config file instead of the suite's own.")
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Timed rounds; each contender runs once a round.", lower_bound=3)
@@ -59,6 +59,7 @@ def time_case(case: Case, unit: str) -> list[dict]:
                 "quartiles": [spread[0], spread[2]],
                 "ours_over_this": ratio,
             }
+            | ({"shares": {name: least / median for name, least in case.limits.items()}} if case.limits else {})
         )
     return rows
 
@@ -80,15 +81,14 @@ def timed_table(suite: ModuleType) -> tuple[list[dict], list[str], list[str]]:
     """Rows, notes, and the lines of the table."""
     cases, notes = suite.cases(CONFIG.value)
     rows = [row for case in cases for row in time_case(case, suite.UNIT)]
-    lines = [
-        f"| case | contender | {suite.UNIT} | median s | quartiles s | ours is … times as fast |",
-        "|---" * 6 + "|",
-    ]
+    shares = list(rows[0].get("shares", ())) if rows else []
+    columns = ["case", "contender", suite.UNIT, "median s", "quartiles s", "ours is … times as fast", *shares]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         low, high = row["quartiles"]
         lines.append(
-            f"| {row['case']} | {row['name']} | {row[suite.UNIT]:,.0f} | {row['seconds']:.3f} | {low:.3f} – {high:.3f} "
-            f"| {row['ours_over_this']:.2f} |"
+            f"| {row['case']} | {row['name']} | {row[suite.UNIT]:,.0f} | {row['seconds']:.4g} | {low:.4g} – {high:.4g} "
+            f"| {row['ours_over_this']:.2f} |" + "".join(f" {row['shares'][name]:.1%} |" for name in shares)
         )
     return rows, notes, lines
 
@@ -114,6 +114,8 @@ def main() -> None:
     if OUTPUT.value:
         result = {"suite": SUITE.value, "environment": environment(), "notes": notes, "rows": rows}
         pathlib.Path(OUTPUT.value).write_text(json.dumps(result, indent=1) + "\n")
+        if hasattr(suite, "plot"):
+            suite.plot(rows, pathlib.Path(OUTPUT.value).with_suffix(".png"))
 
 
 if __name__ == "__main__":

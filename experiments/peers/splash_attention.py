@@ -6,8 +6,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 
-def make_attention(length: int, window: int, block: int) -> Callable:
-    """Causal attention of one head, q, k, v [1, T, N], unscaled; window 0: none. All blocks are of one size."""
+def make_attention(length: int, window: int, block: int, heads: int = 1, interpret: bool = False) -> Callable:
+    """Causal attention, q, k, v [heads, T, N], unscaled; window 0: none. All blocks are of one size."""
     sizes = kernel.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -20,4 +20,10 @@ def make_attention(length: int, window: int, block: int) -> Callable:
     )
     square = (length, length)
     mask = masks.LocalMask(square, (window - 1, 0), 0) if window else masks.CausalMask(square)
-    return kernel.make_splash_mha(mask=masks.MultiHeadMask([mask]), block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    return kernel.make_splash_mha(
+        mask=masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
