@@ -35,11 +35,51 @@ def refusal(dtype: Any) -> str | None:
     return None
 
 
-def interpreter() -> Any:
+def _interpreter() -> Any:
     """What makes `plgpu.kernel` interpret. A device of the host runs each warpgroup, and waits when it waits."""
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from 0.11 on
 
     return InterpretGPUParams()
+
+
+def launch(
+    name: str,
+    kernel: Callable[[Any, Any, Any], None],
+    grid: dict[str, int],
+    warpgroups: int,
+    inputs: Sequence[jax.Array],
+    outputs: Sequence[tuple[tuple[int, ...], Any]],
+    shared: Sequence[Any],
+    barriers: Sequence[Any],
+    interpret: bool,
+) -> Any:
+    """Runs kernel(refs of inputs and outputs, shared memory, barriers) in a block of threads for each place of a grid.
+
+    Args:
+      name: what profilers show. grid: size of each axis by name, the last one innermost; a warpgroup finds its own
+        index along "warpgroup". outputs: shape and dtype of each. shared, barriers: what to allocate.
+    """
+
+    def body(*refs):
+        kernel(
+            refs[: len(inputs) + len(outputs)],
+            refs[-len(shared) - len(barriers) : -len(barriers)],
+            refs[-len(barriers) :],
+        )
+
+    body.__name__ = name
+    run = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(*output) for output in outputs],
+        scratch_types=[*shared, *barriers],
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=_interpreter() if interpret else None,
+    )
+    return run(*inputs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,3 +104,12 @@ def gpu_topology(name: str):
 
     kind, _, shape = name.partition(":")
     return topologies.get_topology_desc(platform="cuda", target_config=GPUS[kind], topology=shape or "1x1x1")
+
+
+def on_one_device(topology):
+    """The sharding of arrays of a program for the first device of a topology alone."""
+    import jax
+    import numpy as np
+
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -13,7 +13,7 @@ import re
 import sys
 from typing import Any
 
-from dsv3_jax.planning.topologies import prepare_tpu_compiler, tpu_topology
+from dsv3_jax.planning.topologies import on_one_device, prepare_tpu_compiler, tpu_topology
 from dsv3_jax.runtime import cache_folder
 from experiments.suites.long_context import KIND, Line, make_config
 
@@ -71,7 +71,6 @@ def _lower_layer(line: Line, length: int) -> tuple[Any, Any, Any]:
     """Gradients of half the sum of squares of a block's output, by its parameters and its input, on one chip."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
     from flax import linen as nn
 
     from dsv3_jax.layers.block import Block
@@ -95,8 +94,7 @@ def _lower_layer(line: Line, length: int) -> tuple[Any, Any, Any]:
         y_BTD, _ = block.apply(variables, x_BTD, packing(length, domain_BT))
         return 0.5 * jnp.sum(jnp.square(y_BTD.astype(jnp.float32)))
 
-    mesh = jax.sharding.Mesh(np.array(tpu_topology(KIND).devices[:1]), ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = on_one_device(tpu_topology(KIND))
     shapes = (
         nn.unbox(jax.eval_shape(init, jax.random.key(0))),
         jax.ShapeDtypeStruct((1, length, model.dim), model.compute_dtype),

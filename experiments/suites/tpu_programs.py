@@ -11,7 +11,7 @@ import os
 import pathlib
 import sys
 
-from dsv3_jax.planning.topologies import prepare_tpu_compiler, tpu_topology
+from dsv3_jax.planning.topologies import on_one_device, prepare_tpu_compiler, tpu_topology
 from dsv3_jax.planning.tpu_schedule import dump_flags
 
 WIDTH = 128  # of a head
@@ -23,11 +23,9 @@ def main(kind: str, contender: str, length: int, window: int, block: int, chunk:
     prepare_tpu_compiler(kind)
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     jax.config.update("jax_enable_compilation_cache", False)
-    mesh = jax.sharding.Mesh(np.array(tpu_topology(kind).devices[:1]), ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = on_one_device(tpu_topology(kind))
     attend, shape = {"ours": _ours, "splash": _splash}[contender](length, window, block, chunk)
 
     def loss(*inputs):

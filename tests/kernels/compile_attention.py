@@ -9,14 +9,13 @@ is not bfloat16 without one. Runs in a process of its own: the compiler reads th
 import json
 import sys
 
-from dsv3_jax.planning.topologies import prepare_tpu_compiler, tpu_topology
+from dsv3_jax.planning.topologies import on_one_device, prepare_tpu_compiler, tpu_topology
 
 
 def main(kind: str, cases: list[str]) -> None:
     prepare_tpu_compiler(kind)
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from dsv3_jax import config as c
     from dsv3_jax.kernels.windowed_attention.call import Call
@@ -24,8 +23,7 @@ def main(kind: str, cases: list[str]) -> None:
     from dsv3_jax.ops.patterns import Place
 
     jax.config.update("jax_enable_compilation_cache", False)
-    mesh = jax.sharding.Mesh(np.array(tpu_topology(kind).devices[:1]), ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = on_one_device(tpu_topology(kind))
     for case in cases:
         sizes, (dtype, *_) = case.split(",")[:4], (*case.split(",")[4:], "bfloat16")
         T, N, M, window = map(int, sizes)

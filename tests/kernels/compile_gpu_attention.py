@@ -14,7 +14,7 @@ import sys
 import tempfile
 from typing import Any
 
-from dsv3_jax.planning.topologies import gpu_topology, prepare_gpu_compiler
+from dsv3_jax.planning.topologies import gpu_topology, on_one_device, prepare_gpu_compiler
 
 
 def read_report(text: str) -> list[dict]:
@@ -52,7 +52,6 @@ def main(kind: str, cases: list[str]) -> None:
     prepare_gpu_compiler(kind, dump_ptx=True)
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from dsv3_jax import config as c
     from dsv3_jax.kernels.windowed_attention.call import Call
@@ -60,8 +59,7 @@ def main(kind: str, cases: list[str]) -> None:
     from dsv3_jax.ops.patterns import Place
 
     jax.config.update("jax_enable_compilation_cache", False)
-    mesh = jax.sharding.Mesh(np.array(gpu_topology(kind).devices[:1]), ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = on_one_device(gpu_topology(kind))
     for case in cases:
         sizes, (dtype, *_) = case.split(",")[:4], (*case.split(",")[4:], "bfloat16")
         T, N, M, window = map(int, sizes)

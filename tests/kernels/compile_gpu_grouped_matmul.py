@@ -11,7 +11,7 @@ import math
 import re
 import sys
 
-from dsv3_jax.planning.topologies import gpu_topology, prepare_gpu_compiler
+from dsv3_jax.planning.topologies import gpu_topology, on_one_device, prepare_gpu_compiler
 from tests.kernels.compile_gpu_attention import compile_reported
 
 
@@ -19,13 +19,11 @@ def main(kind: str, cases: list[str]) -> None:
     prepare_gpu_compiler(kind, dump_ptx=True)
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from dsv3_jax.kernels.grouped_matmul.pallas_gpu import gpu_experts
 
     jax.config.update("jax_enable_compilation_cache", False)
-    mesh = jax.sharding.Mesh(np.array(gpu_topology(kind).devices[:1]), ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = on_one_device(gpu_topology(kind))
     for case in cases:
         *sizes, dtype = [*case.split(","), "bfloat16"][:6]
         P, K, E, D, F = map(int, sizes)

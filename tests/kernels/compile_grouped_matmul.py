@@ -12,21 +12,19 @@ import re
 import sys
 import time
 
-from dsv3_jax.planning.topologies import prepare_tpu_compiler, tpu_topology
+from dsv3_jax.planning.topologies import on_one_device, prepare_tpu_compiler, tpu_topology
 
 
 def main(kind: str, cases: list[str]) -> None:
     prepare_tpu_compiler(kind)
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from dsv3_jax.kernels.grouped_matmul.pallas_tpu import tpu_experts
     from dsv3_jax.kernels.grouped_matmul.quantized import Quantized
 
     jax.config.update("jax_enable_compilation_cache", False)
-    mesh = jax.sharding.Mesh(np.array(tpu_topology(kind).devices[:1]), ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = on_one_device(tpu_topology(kind))
     for case in cases:
         *sizes, dtype, stored = case.split(",") + ["bfloat16", ""][case.count(",") - 4 :]
         P, K, E, D, F = map(int, sizes)

@@ -125,14 +125,13 @@ def test_slots_are_split_over_blocks_of_threads_and_merged():
 
 PROGRAM = """
 import sys
-from dsv3_jax.planning.topologies import prepare_tpu_compiler, tpu_topology
+from dsv3_jax.planning.topologies import on_one_device, prepare_tpu_compiler, tpu_topology
 prepare_tpu_compiler(sys.argv[1])
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp
 from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
 from dsv3_jax.kernels.decode_attention.pallas_tpu import tpu_decode_attention
 jax.config.update("jax_enable_compilation_cache", False)
-mesh = jax.sharding.Mesh(np.array(tpu_topology(sys.argv[1]).devices[:1]), ("x",))
-sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+sharding = on_one_device(tpu_topology(sys.argv[1]))
 for T, S, H, G, N, M in ((1, 32768, 128, 1, 576, 512), (4, 32768, 128, 1, 576, 512), (1, 131072, 32, 8, 128, 128),
                          (1, 33000, 32, 8, 128, 128), (1, 4096, 128, 64, 128, 128), (2, 4096, 8, 2, 64, 64),
                          (1, 70, 4, 2, 16, 8)):

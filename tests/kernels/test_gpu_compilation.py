@@ -78,14 +78,13 @@ def test_experts_multiply_on_tensor_cores_spill_nothing_and_hold_no_rows_in_floa
 
 PROGRAM = """
 import json, sys
-from dsv3_jax.planning.topologies import gpu_topology, prepare_gpu_compiler
+from dsv3_jax.planning.topologies import gpu_topology, on_one_device, prepare_gpu_compiler
 from tests.kernels.compile_gpu_attention import compile_reported
 prepare_gpu_compiler("h100", dump_ptx=True)
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp
 from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
 jax.config.update("jax_enable_compilation_cache", False)
-mesh = jax.sharding.Mesh(np.array(gpu_topology("h100").devices[:1]), ("x",))
-sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+sharding = on_one_device(gpu_topology("h100"))
 def shape(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 for T, S, H, G, N, M in ((1, 32768, 128, 1, 576, 512), (4, 32768, 128, 1, 576, 512), (1, 131072, 32, 8, 128, 128),

@@ -26,6 +26,7 @@ from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
 from dsv3_jax.ops.patterns import Place
 from dsv3_jax.sharding import make_mesh
 from tests.conftest import assert_close, fresh_key
+from tests.kernels.pallas_calls import calls
 
 
 def draw(seed, B, T, H, G, N, M, dtype=jnp.float32):
@@ -36,23 +37,6 @@ def draw(seed, B, T, H, G, N, M, dtype=jnp.float32):
 
 def whole_row(B, T):
     return Place(jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32))
-
-
-def grids(function, *args) -> list[tuple[int, ...]]:
-    """Of every kernel that a function calls."""
-    found = []
-
-    def look(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "pallas_call":
-                found.append(tuple(equation.params["grid_mapping"].grid))
-            for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    look(inner)
-
-    look(jax.make_jaxpr(function)(*args).jaxpr)
-    return found
 
 
 @pytest.mark.quick
@@ -66,7 +50,7 @@ def test_steps_of_the_grids_grow_with_the_window():
             out, _ = tpu_attention(Call(q, k, v, whole_row(1, T), pattern, 0.1), blocks=Blocks(512, 512, 128))
             return jnp.sum(out.astype(jnp.float32))
 
-        return grids(jax.grad(loss, argnums=(0, 1, 2)), *args)
+        return [call["grid"] for call in calls(jax.grad(loss, argnums=(0, 1, 2)), *args)]
 
     assert steps(c.Windowed(512), 8192) == [(1, 4, 31, 1), (1, 4, 31, 1), (1, 2, 31, 2)]
     assert steps(c.Windowed(512), 16384) == [(1, 4, 63, 1), (1, 4, 63, 1), (1, 2, 63, 2)]

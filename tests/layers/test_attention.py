@@ -44,7 +44,6 @@ ALL += [("latent, no query compression", name) for name in ("full", "sparse")] +
 QUICK = [
     ("latent", "window, global"),
     ("latent", "sparse"),
-    ("latent", "window, window, full"),
     ("grouped query", "learned"),
     ("grouped query", "run time"),
 ]
@@ -181,6 +180,7 @@ def test_what_does_not_fit_a_cache_is_refused(tokens):
         make_cache(make_model("latent", "full", causal=False), 1, 8)
 
 
+@pytest.mark.slow
 def test_a_row_beyond_its_cache_gives_nan_and_the_others_go_on(tokens):
     model = make_model("latent", "full")
     variables = init(model)
@@ -198,7 +198,7 @@ def test_a_row_beyond_its_cache_gives_nan_and_the_others_go_on(tokens):
 # Bidirectional forms.
 
 
-@pytest.mark.parametrize("pattern", ["window, global", "learned", "sparse"])
+@pytest.mark.parametrize("pattern", ["window, global", pytest.param("learned", marks=pytest.mark.slow), "sparse"])
 def test_bidirectional_queries_see_later_keys_and_padding_changes_nothing(pattern, tokens):
     model = make_model("grouped query", pattern, causal=False)
     variables = init(model)

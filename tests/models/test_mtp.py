@@ -286,7 +286,7 @@ def assert_same_step(trainer: Trainer, state, batch, expected) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"microbatches": 2, "remat": "full", "unroll": False},
+        pytest.param({"microbatches": 2, "remat": "full", "unroll": False}, marks=pytest.mark.slow),
         pytest.param({"microbatches": 4, "remat": "dots"}, marks=pytest.mark.slow),
         pytest.param({"mesh": c.MeshConfig(data=2, model=2)}, marks=pytest.mark.slow),
         pytest.param({"mesh": c.MeshConfig(fsdp=2, expert=2)}, marks=pytest.mark.slow),

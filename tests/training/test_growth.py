@@ -287,6 +287,7 @@ def test_an_added_expert_changes_no_logit_and_is_trained_alone(four_experts, cor
     assert np.isneginf(risen_LE[0, 4]) and risen_LE[1, 4] == bias_LE[1, 2]
 
 
+@pytest.mark.slow
 def test_an_expansion_of_experts_in_groups_starts_from_weights_and_changes_no_logit(corpus, tmp_path):
     """Experts of a group stay together: the old ones lie elsewhere among more."""
     old, config = added_config(corpus).model, expansion_config(corpus)

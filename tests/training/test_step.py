@@ -103,7 +103,7 @@ def with_pattern(corpus, pattern, **train) -> Trainer:
 @pytest.mark.parametrize(
     "pattern",
     [
-        c.Sparse(6, 2, 8),
+        pytest.param(c.Sparse(6, 2, 8), marks=pytest.mark.slow),
         pytest.param(c.LearnedGlobal(4, 4, 2), marks=pytest.mark.slow),
         pytest.param(c.PerLayer((c.Windowed(4), c.Full())), marks=pytest.mark.slow),
     ],
@@ -139,6 +139,7 @@ def test_warming_up_trains_the_indexer_alone_and_its_loss_falls(corpus):
         assert np.any(old != new) == any(key.key == "indexer" for key in path), path
 
 
+@pytest.mark.slow
 def test_the_domain_of_a_token_decides_its_window(corpus):
     windows = (c.TaskWindow("words", 2),)
     batch = random_batch(tiny_config(corpus, batch_size=8))
@@ -173,7 +174,7 @@ MESHES = {
     "expert 4": c.MeshConfig(expert=4),
     "model 2": c.MeshConfig(model=2),
 }
-SLOW = list(MESHES)[2:]
+SLOW = [name for name in MESHES if name != "fsdp, expert, model"]  # which shards all that can be
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in MESHES])

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, Ring, Warpgroup, interpreter
+from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, Ring, Warpgroup, launch
 
 PIECE = 64  # columns of a matrix
 WIDEST_RESULT = 4  # pieces in the registers of a warpgroup
@@ -215,26 +215,17 @@ def gpu_decode_attention(
     copies = n + (m if len(arrays) == 2 else 0) + T
     barriers = [plgpu.Barrier(num_arrivals=n), *Ring.barriers(SLOTS, copies, readers)]
 
-    def body(*refs):
-        given = refs[: -len(shared) - len(barriers)]
-        _kernel(settings, len(arrays) == 2, given, refs[len(given) : -len(barriers)], refs[-len(barriers) :])
-
-    body.__name__ = "decode_attention"  # for profilers
-    run = plgpu.kernel(
-        body,
-        out_type=[
-            jax.ShapeDtypeStruct((B, splits, G, R, m * PIECE), jnp.float32),
-            jax.ShapeDtypeStruct((B, splits, G, R), jnp.float32),
-        ],
-        scratch_types=[*shared, *barriers],
-        grid=(B, G, tiles, splits),
-        grid_names=("batch", "heads", "tiles", "splits"),
-        num_threads=readers + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpreter() if interpreted else None,
+    out_BsGRM, lse_BsGR = launch(
+        "decode_attention",
+        functools.partial(_kernel, settings, len(arrays) == 2),
+        {"batch": B, "heads": G, "tiles": tiles, "splits": splits},
+        readers + 1,
+        (q_BGRN, jnp.maximum(bias_BTS, HIDDEN), order_Bn, count_B, *arrays),
+        [((B, splits, G, R, m * PIECE), jnp.float32), ((B, splits, G, R), jnp.float32)],
+        shared,
+        barriers,
+        interpreted,
     )
-    out_BsGRM, lse_BsGR = run(q_BGRN, jnp.maximum(bias_BTS, HIDDEN), order_Bn, count_B, *arrays)
     lse_BGR = jax.nn.logsumexp(lse_BsGR, axis=1)
     share_BsGR = jnp.exp(lse_BsGR - jnp.where(jnp.isfinite(lse_BGR), lse_BGR, 0)[:, None])
     out_BGRM = jnp.einsum("BsGRM,BsGR->BGRM", out_BsGRM, share_BsGR)[:, :, : T * group, :M]

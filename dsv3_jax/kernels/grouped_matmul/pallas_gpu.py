@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dsv3_jax.kernels.grouped_matmul.experts import Products, product, routed_experts
 from dsv3_jax.kernels.grouped_matmul.quantized import Weights, dequantize
 from dsv3_jax.kernels.grouped_matmul.schedule import make_schedule
-from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, Ring, Warpgroup, interpreter
+from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, Ring, Warpgroup, launch
 
 READERS = 2  # warpgroups that compute
 ROWS = READERS * WARPGROUP_ROWS  # of a tile
@@ -173,31 +173,6 @@ def _groups_kernel(settings: _Settings, refs: Any, shared: Any, barriers: Any) -
         ring.drain(depths)
 
 
-def _call(
-    name: str, kernel: Any, settings: _Settings, grid: dict[str, int], inputs: Any, outputs: Any, shared: Any,
-    barriers: Any,
-) -> Any:  # fmt: skip
-    """Runs a kernel; the last axis of the grid is the innermost. outputs: (shape, dtype) of each."""
-    count = len(shared) + len(barriers)
-
-    def body(*refs):
-        kernel(refs[:-count], refs[-count : -len(barriers)], refs[-len(barriers) :])
-
-    body.__name__ = name  # for profilers
-    run = plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct(*output) for output in outputs],
-        scratch_types=[*shared, *barriers],
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=READERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpreter() if settings.interpret else None,
-    )
-    return run(*inputs)
-
-
 def _pad(x: jax.Array, **multiples: int) -> jax.Array:
     """Zeros up to a multiple along dimensions, d0, d1, …; nothing is copied where all divide."""
     widths = [(0, -size % multiples.get(f"d{axis}", 1)) for axis, size in enumerate(x.shape)]
@@ -215,11 +190,11 @@ def _row_products(
     N, padded = len(x_ND), width + -width % (2 * COLUMNS if apart == 1 else COLUMNS)
     steps = make_schedule(sizes_E, N, ROWS, empty=False)
     factors = [] if factor_N is None else [_pad(factor_N.astype(jnp.float32), d0=ROWS)]
-    results = _call(
+    results = launch(
         name,
         functools.partial(_rows_kernel, settings, epilogue, transposed, apart, has_factor=bool(factors)),
-        settings,
         {"steps": len(steps.tile_S), "columns": padded // COLUMNS // (2 if apart == 1 else 1)},
+        READERS + 1,
         (x_ND, w_EDF, steps.tile_S, steps.group_S, steps.start_E1, steps.count_1, *factors),
         [((N, padded), dtype)] * num_outputs,
         [
@@ -229,6 +204,7 @@ def _row_products(
             plgpu.SMEM((READERS, WARPGROUP_ROWS), jnp.float32),
         ],
         [*Ring.barriers(SLOTS, READERS + 2, READERS), plgpu.Barrier(num_barriers=READERS)],
+        settings.interpret,
     )
     return [result[:num_rows, :width] for result in results]
 
@@ -279,11 +255,11 @@ def _groups(settings: _Settings, x_ND: jax.Array, dy_NF: jax.Array, sizes_E: jax
     x_ND, dy_NF = _pad(x_ND, d0=DEPTH, d1=ROWS), _pad(dy_NF, d0=DEPTH, d1=2 * COLUMNS)
     padded = x_ND.shape[1], dy_NF.shape[1]
     start_E1 = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes_E.astype(jnp.int32))])
-    (dw_EDF,) = _call(
+    (dw_EDF,) = launch(
         "grouped_groups",
         functools.partial(_groups_kernel, settings),
-        settings,
         {"experts": len(sizes_E), "rows": padded[0] // ROWS, "columns": padded[1] // (2 * COLUMNS)},
+        READERS + 1,
         (x_ND, dy_NF, start_E1),
         [((len(sizes_E), *padded), dtype)],
         [
@@ -292,6 +268,7 @@ def _groups(settings: _Settings, x_ND: jax.Array, dy_NF: jax.Array, sizes_E: jax
             own.matrix(READERS, WARPGROUP_ROWS, COLUMNS, dtype=dtype),
         ],
         [*Ring.barriers(SLOTS, READERS + 2, READERS), plgpu.Barrier(num_arrivals=READERS)],
+        settings.interpret,
     )
     return dw_EDF[:, :D, :F]
 

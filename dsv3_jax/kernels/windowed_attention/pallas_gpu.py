@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.kernels.hopper import SWIZZLE_BYTES, WARPGROUP_ROWS, Ring, interpreter
+from dsv3_jax.kernels.hopper import SWIZZLE_BYTES, WARPGROUP_ROWS, Ring, launch
 from dsv3_jax.kernels.windowed_attention.call import Call
 from dsv3_jax.kernels.windowed_attention.global_set import attend_with_globals
 from dsv3_jax.kernels.windowed_attention.gpu_kernels import (
@@ -37,28 +37,9 @@ def _call(kernel: Any, settings: Settings, heads: int, inputs: Any, outputs: Any
     """Runs a kernel, a block of threads for each batch row, head and block of OWNED rows. inputs: the first is
     [B, T, …]. outputs: (shape, dtype) of each."""
     B, T = inputs[0].shape[:2]
-
-    def body(*refs):
-        kernel(settings, refs[: -len(shared) - len(barriers)], *_cut(refs, len(shared), len(barriers)))
-
-    body.__name__ = kernel.__name__  # the kernel's, for profilers
-    run = plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct(*output) for output in outputs],
-        scratch_types=[*shared, *barriers],
-        grid=(B, heads, T // OWNED),
-        grid_names=("batch", "heads", "blocks"),
-        num_threads=READERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpreter() if settings.interpret else None,
-    )
-    return run(*inputs)
-
-
-def _cut(refs: Any, shared: int, barriers: int) -> tuple[Any, Any]:
-    """The last refs: shared memory, and barriers."""
-    return refs[-shared - barriers : -barriers], refs[-barriers:]
+    grid = {"batch": B, "heads": heads, "blocks": T // OWNED}
+    body = functools.partial(kernel, settings)
+    return launch(kernel.__name__, body, grid, READERS + 1, inputs, outputs, shared, barriers, settings.interpret)
 
 
 def _start_barrier(copies: int) -> Any:
