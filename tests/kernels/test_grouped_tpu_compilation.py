@@ -15,7 +15,7 @@ def compiled(kind: str, *cases: str) -> dict[str, dict]:
     return attention.compiled(kind, *cases, script=SCRIPT)
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("v5p", 512), ("v5p", 4096), ("v6e", 4096)])
+@pytest.mark.parametrize(("kind", "tokens"), [("v5p", 4096), ("v6e", 4096)])
 def test_the_experts_of_v3_compile_without_rows_in_float32(kind, tokens):
     """32 of DeepSeek-V3's 256 experts on a device, 8 of them a token."""
     K, E, D, F = 8, 32, 7168, 2048

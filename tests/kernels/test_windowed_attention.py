@@ -92,7 +92,7 @@ EVERY = [
     pytest.param(pattern, causal, name, marks=pytest.mark.slow if (len(CASES) - 1 - index) % EVERY_NTH[name] else ())
     for name in FAST
     for index, (pattern, causal) in enumerate(CASES)
-    if name != "pallas_gpu" or index % 3 == 0
+    if name != "pallas_gpu" or index % 6 == 0
 ]
 
 
