@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/attention
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-quick lint format lock peers clean
+.PHONY: demo test test-slow test-gpu test-quick lint format lock peers clean
 
 $(READY): requirements.lock setup.py
 	$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f'error: Python {v} given, 3.11 to 3.13 supported; use make PYTHON=…')"
@@ -18,13 +18,17 @@ demo: $(READY)
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python experiments/ablate.py --table=attention --workdir=$(WORKDIR)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" tests
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n 2 -m slow tests
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu" tests
+
+# On a machine with a Hopper GPU: what is interpreted and compiled elsewhere runs there.
+test-gpu: $(READY)
+	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -n 4 -m gpu tests/kernels
 
 test-quick: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "quick and not slow" tests
+	$(BIN)/python -m pytest -n 2 -m "quick and not slow and not gpu" tests
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/basedpyright --level error

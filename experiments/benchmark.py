@@ -26,12 +26,15 @@ SUITES = ("attention", "train_step", "decode", "dispatch", "draft", "grouped_mat
 SUITE = flags.DEFINE_enum("suite", None, SUITES, "What to time.", required=True)
 CONFIG = flags.DEFINE_string("config", None, "A config file instead of the suite's own.")
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Timed rounds; each contender runs once a round.", lower_bound=3)
+SECONDS = flags.DEFINE_integer("seconds", 400, "No case is begun after so many.", lower_bound=1)
 WARMUP = flags.DEFINE_integer("warmup", 3, "Rounds before that.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "A JSON file for the result.")
 
 
 def alternate(contenders: dict, warmup: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each contender's calls, one of each a round, so that drift of the machine meets all alike."""
+    import jax
+
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(warmup + rounds):
         for name, step in contenders.items():
@@ -39,13 +42,15 @@ def alternate(contenders: dict, warmup: int, rounds: int) -> dict[str, list[floa
             step()
             if index >= warmup:
                 seconds[name].append(time.perf_counter() - start)
-            time.sleep(0.1)  # idle threads of one library spin for a while: not on the other's time
+            if jax.default_backend() == "cpu":
+                time.sleep(0.1)  # idle threads of one library spin for a while: not on the other's time
     return seconds
 
 
 def time_case(case: Case, unit: str) -> list[dict]:
     """One row a contender."""
     seconds = alternate(case.contenders, WARMUP.value, ROUNDS.value)
+    seconds = {name: [time / case.calls for time in times] for name, times in seconds.items()}
     ours, rows = next(iter(case.contenders)), []
     for name, times in seconds.items():
         median, spread = statistics.median(times), statistics.quantiles(times, n=4)
@@ -79,8 +84,14 @@ def environment() -> dict[str, str]:
 
 def timed_table(suite: ModuleType) -> tuple[list[dict], list[str], list[str]]:
     """Rows, notes, and the lines of the table."""
+    start, rows = time.monotonic(), []
     cases, notes = suite.cases(CONFIG.value)
-    rows = [row for case in cases for row in time_case(case, suite.UNIT)]
+    for case in cases:
+        rows += time_case(case, suite.UNIT)
+        print(f"{case.name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        if time.monotonic() - start > SECONDS.value:
+            notes.append(f"no case was begun after {SECONDS.value} s (--seconds); the last is {case.name!r}")
+            break
     shares = list(rows[0].get("shares", ())) if rows else []
     columns = ["case", "contender", suite.UNIT, "median s", "quartiles s", "ours is … times as fast", *shares]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]

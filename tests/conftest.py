@@ -11,7 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if importlib.metadata.version("jax").startswith("0.10."):  # later ones do not know the flag, and stop at it
     FLAGS += " --xla_cpu_use_fusion_emitters=false"  # the old emitters compile faster
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 # Kernels are tried on fresh numbers each run. Worker processes inherit the seed; set the variable to repeat a run.

@@ -106,7 +106,7 @@ class Warpgroup:
         """A float32 value for each row of a result."""
         return self._laid_out(jnp.full((length,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
-    def iota(self, shape: tuple[int, int], axis: int) -> jax.Array:
+    def iota(self, shape: tuple[int, ...], axis: int) -> jax.Array:
         """The index along an axis of a result, int32."""
         return self._laid_out(jax.lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
 
@@ -119,23 +119,32 @@ class Warpgroup:
         return _Transposed(matrix) if self.interpret else plgpu.transpose_ref(matrix, (1, 0))
 
     def products(
-        self, *terms: tuple[jax.Array, Any, Any], meanwhile: Callable[[], None] = lambda: None
+        self,
+        *sums: tuple[jax.Array, Callable[[], Sequence[tuple[Any, Any]]]],
+        meanwhile: Callable[..., Any] = lambda: None,
+        value: jax.Array | None = None,
     ) -> tuple[jax.Array, ...]:
-        """acc + a · b of each (acc, a, b); all are issued before one is waited for.
+        """acc + Σ a · b of each (acc, factors), where factors() gives pairs a, b; all are issued before one is waited
+        for.
 
         a: in shared memory or, in the 16-bit dtype of b, in registers. b: in shared memory. meanwhile: what is done
-        between.
+        between. With a `value`, meanwhile(value) is returned after the sums.
         """
+        values = [] if value is None else [value]
         if self.interpret:
-            meanwhile()
-            return tuple(acc + _plain_product(a, b) for acc, a, b in terms)
+            found = [meanwhile(*values)] if values else meanwhile() or []
+            return *(sum((_plain_product(a, b) for a, b in factors()), acc) for acc, factors in sums), *found
 
-        def body(acc_refs):
-            for acc_ref, (_, a, b) in zip(acc_refs, terms, strict=True):
-                plgpu.wgmma(acc_ref, a, b)
-            meanwhile()
+        def body(refs):
+            for acc_ref, (_, factors) in zip(refs, sums, strict=False):
+                for a, b in factors():
+                    plgpu.wgmma(acc_ref, a, b)
+            if values:
+                refs[-1][...] = meanwhile(refs[-1][...])
+            else:
+                meanwhile()
 
-        return cast(Any, pl.run_state(body)(tuple(plgpu.ACC.init(acc) for acc, *_ in terms)))
+        return cast(Any, pl.run_state(body)((*(plgpu.ACC.init(acc) for acc, _ in sums), *values)))
 
     def contraction(
         self, ring: "Ring", steps: Any, shapes: Sequence[tuple[int, int]], factors: Callable[[Any, Any], Any]
@@ -168,6 +177,15 @@ class Warpgroup:
             return accs
 
         return cast(Any, pl.run_scoped(scope, *(plgpu.ACC(shape, jnp.float32) for shape in shapes)))
+
+    def store(self, *results: tuple[jax.Array, Any, Any]) -> None:
+        """Copies each (values, through shared memory, to global memory), in the dtype of these."""
+        for values, smem, _ in results:
+            smem[...] = values.astype(smem.dtype)
+        plgpu.commit_smem()
+        for _, smem, ref in results:
+            plgpu.copy_smem_to_gmem(smem, ref)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _laid_out(self, x: jax.Array, layout: Any) -> jax.Array:
         return x if self.interpret else plgpu.layout_cast(x, layout)

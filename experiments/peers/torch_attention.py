@@ -19,8 +19,13 @@ def flex_refusal(gradients: bool) -> str | None:
     return None if shutil.which("g++") else "on CPU it is compiled by g++, which is not installed"
 
 
-def make_step(inputs: tuple, window: int | None, gradients: bool, threads: int, flex: bool = False) -> Callable:
-    """Causal attention of arrays [B, T, H, N]: the output, heads first, and with `gradients` those of its squares."""
+def make_step(
+    inputs: tuple, window: int | None, gradients: bool, threads: int, flex: bool = False, calls: int = 1
+) -> Callable:
+    """Causal attention of arrays [B, T, H, N]: the output, heads first, and with `gradients` those of its squares.
+
+    calls: how often a step does it; it is waited for once.
+    """
     torch.set_num_threads(threads)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
@@ -31,11 +36,13 @@ def make_step(inputs: tuple, window: int | None, gradients: bool, threads: int, 
     q, k, v = (tensor(x) for x in inputs)
     attend = (_flex if flex else _sdpa)(q.shape[2], window, device)
 
-    def step():
+    def once():
         out = attend(q, k, v)
-        result = [out]
-        if gradients:
-            result += torch.autograd.grad(0.5 * out.float().square().sum(), (q, k, v))
+        return [out, *(torch.autograd.grad(0.5 * out.float().square().sum(), (q, k, v)) if gradients else ())]
+
+    def step():
+        for _ in range(calls):
+            result = once()
         if device == "cuda":
             torch.cuda.synchronize()
         return result

@@ -5,28 +5,27 @@ Where there is a window, ours without one runs too: what a window is worth. Memo
 are compared with is measured first: the rate of a large matmul, and of a large copy.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import importlib
 import os
 import pathlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from dsv3_jax.config import ConfigError, Full, Windowed
-from experiments.suites import Case
+from experiments.suites import Case, launched, launches, matmul_rate, rate
 
 UNIT = "tokens/s"
 UNLIMITED = "dsv3_jax, no window"  # beside a case with a window
-SECONDS = 400  # after which no case is begun: the suite then ends within eight minutes
 
 
 class Sizes(NamedTuple):
     """longest_dense: the longest row of which contenders that keep all scores are asked for. longest_blocked: of which
     "blocked" is without a window, whose program grows with the row. matmul, copy: sides of the square matrices whose
-    product and whose copy are timed."""
+    product and whose copy are timed. flex: lengths that flex_attention is asked for, which compiles for long."""
 
     lengths: tuple[int, ...]
     windows: tuple[int | None, ...]
@@ -37,12 +36,13 @@ class Sizes(NamedTuple):
     longest_blocked: int = 32768
     matmul: int = 8192
     copy: int = 16384
+    flex: tuple[int, ...] = (32768,)
 
 
 SIZES = {
-    "cpu": Sizes((2048, 8192), (512, None), 2, 64, "float32", 8192, matmul=2048, copy=8192),
-    "gpu": Sizes((2048, 8192, 32768, 131072), (512, 4096, None), 16, 128, "bfloat16", 16384),
-    "tpu": Sizes((2048, 8192, 32768, 131072), (512, 4096, None), 16, 128, "bfloat16", 16384),
+    "cpu": Sizes((2048, 8192), (512, None), 2, 64, "float32", 8192, matmul=2048, copy=8192, flex=(2048, 8192)),
+    "gpu": Sizes((32768, 8192, 131072, 2048), (4096, 512, None), 16, 128, "bfloat16", 16384),
+    "tpu": Sizes((32768, 8192, 131072, 2048), (4096, 512, None), 16, 128, "bfloat16", 16384),
 }
 TOKAMAX = {"gpu": ("mosaic", "triton"), "tpu": ("mosaic",)}  # its kernels, where there are kernels at all
 
@@ -91,24 +91,15 @@ def _timed(attend: Callable, inputs: tuple, gradients: bool) -> tuple[Callable[.
     step = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True) if gradients else attend)
     compiled = step.lower(*inputs).compile()
     memory = compiled.memory_analysis()
-    return lambda: jax.block_until_ready(compiled(*inputs)), memory.temp_size_in_bytes if memory else 0
+    return lambda: compiled(*inputs), memory.temp_size_in_bytes if memory else 0
 
 
 def _measure_limits(sizes: Sizes) -> tuple[float, float]:
-    """FLOP/s of a product of square matrices, and bytes/s, read and written, of a copy of one; the best of five."""
+    """FLOP/s of a product of square matrices, and bytes/s, read and written, of a copy of one."""
     import jax
-    import jax.numpy as jnp
 
-    def seconds(function: Callable, *inputs: jax.Array) -> float:
-        run, times = jax.jit(function), []
-        for index in range(8):
-            start = time.perf_counter()
-            jax.block_until_ready(run(*inputs))
-            times += [time.perf_counter() - start] if index > 2 else []
-        return min(times)
-
-    x, y = (jnp.ones((side, side), sizes.dtype) for side in (sizes.matmul, sizes.copy))
-    return 2 * sizes.matmul**3 / seconds(jnp.matmul, x, x), 2 * y.nbytes / seconds(lambda y: y + 1, y)
+    x = jax.random.normal(jax.random.key(0), (sizes.copy, sizes.copy), sizes.dtype)
+    return matmul_rate(sizes.matmul, sizes.dtype), rate(lambda x: x + 1, 2 * x.nbytes, x)
 
 
 def _limits(sizes: Sizes, peaks: tuple[float, float], length: int, window: int | None, gradients: bool):
@@ -158,34 +149,41 @@ class _Suite:
         """Its contenders, each compiled and run once; None where all of ours are left out."""
         name = f"{length}, {'no window' if window is None else f'window {window}'}"
         name += ", forward and backward" if gradients else ", forward"
-        ours, calls, memory = self._ours(name, length, window), {}, []
-        for who, attend in (ours | self._jax_peers(length, window)).items():
+        ours, calls, memory, repeats = self._ours(name, length, window), {}, [], 1
+        with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:  # compiles side by side
+            contenders = ours | self._jax_peers(length, window)
+            compiled = {who: pool.submit(_timed, attend, inputs, gradients) for who, attend in contenders.items()}
+        for who, result in compiled.items():
             with contextlib.nullcontext() if who == "dsv3_jax" else _leaves_out(f"{name}: {who}", self.notes):
-                call, temporary = _timed(attend, inputs, gradients)
-                call()
-                calls[who] = call
+                call, temporary = result.result()
+                repeats = repeats if calls else launches(call)
+                contender = launched(call, repeats)
+                contender()
+                calls[who] = contender
                 memory.append(f"{who} {temporary / 2**20:,.0f} MiB")
         self.notes.append(f"{name}: {', '.join(memory)}")
         if not any(who in calls for who in ours):
             return None
         for who, flex in (("PyTorch SDPA", False), ("PyTorch flex_attention", True)) if self.torch else ():
             reason = self.torch.flex_refusal(gradients) if flex else None
+            if flex and length not in self.sizes.flex:
+                reason = "it compiles for long, and was asked for " + ", ".join(map(str, self.sizes.flex))
             if not flex and window is not None and length > self.sizes.longest_dense:
                 reason = f"there a window is a mask of {length}²"
             if reason:
                 self.notes.append(f"{name}: {who} left out: {reason}")
                 continue
             with _leaves_out(f"{name}: {who}", self.notes):
-                call = self.torch.make_step(inputs, window, gradients, self.threads, flex)
+                call = self.torch.make_step(inputs, window, gradients, self.threads, flex, repeats)
                 call()
                 calls[who] = call
-        return Case(name, length, calls, _limits(self.sizes, self.peaks, length, window, gradients))
+        return Case(name, length, calls, _limits(self.sizes, self.peaks, length, window, gradients), repeats)
 
     def _ours(self, name: str, length: int, window: int | None) -> dict[str, Callable]:
         from dsv3_jax.kernels.windowed_attention.api import default_implementation, refusal
 
         found = {"dsv3_jax": _ours(window)}
-        if window is not None:
+        if window is not None and self.platform == "cpu":
             found[UNLIMITED] = _ours(None)
         widths = self.sizes.width, self.sizes.width
         default = default_implementation(self.sizes.dtype, widths)
@@ -227,7 +225,7 @@ def cases(config_path: str | None) -> tuple[Iterator[Case], list[str]]:
 
     if config_path:
         raise ConfigError(f"--config={config_path}: --suite=attention has sizes of its own; leave --config out")
-    platform, start = jax.default_backend(), time.monotonic()
+    platform = jax.default_backend()
     sizes, threads = SIZES[platform], len(os.sched_getaffinity(0))
     peaks = _measure_limits(sizes)
     notes = [
@@ -248,9 +246,7 @@ def cases(config_path: str | None) -> tuple[Iterator[Case], list[str]]:
             inputs = tuple(jax.random.normal(key, shape, sizes.dtype) for key in jax.random.split(jax.random.key(0), 3))
             for window in (window for window in sizes.windows if window is None or window < length):
                 for gradients in (False, True):
-                    if time.monotonic() - start > SECONDS:
-                        notes.append(f"{length}, {window=}, {gradients=} left out: {SECONDS} s have passed")
-                    elif case := suite.case(length, window, gradients, inputs):
+                    if case := suite.case(length, window, gradients, inputs):
                         yield case
 
     return each(), notes

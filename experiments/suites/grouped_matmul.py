@@ -7,16 +7,13 @@ What rows are compared with is measured first: the rate of a large plain matmul.
 import functools
 import importlib
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from dsv3_jax.config import ConfigError
-from experiments.suites import Case
+from experiments.suites import Case, launched, launches, matmul_rate
 
 UNIT = "GFLOP/s"
-SECONDS = 400  # after which no case is begun: the suite then ends within eight minutes
 
 
 class Sizes(NamedTuple):
@@ -84,7 +81,7 @@ def operands(sizes: Sizes, tokens: int, seed: int = 0) -> tuple[Any, ...]:
 
 
 def timed(function: Callable, inputs: tuple, differentiable: tuple[int, ...]) -> Callable[[], object]:
-    """A call to time; compiled, and run once. differentiable: operands whose gradients are asked for; none: forward."""
+    """A call of what is compiled. differentiable: operands whose gradients are asked for; none: forward."""
     import jax
     import jax.numpy as jnp
 
@@ -93,22 +90,7 @@ def timed(function: Callable, inputs: tuple, differentiable: tuple[int, ...]) ->
         return 0.5 * jnp.sum(jnp.square(y.astype(jnp.float32))), y  # its gradient depends on y
 
     step = jax.jit(jax.grad(loss, argnums=differentiable, has_aux=True) if differentiable else function)
-    jax.block_until_ready(step(*inputs))
-    return lambda: jax.block_until_ready(step(*inputs))
-
-
-def matmul_rate(side: int, dtype: str) -> float:
-    """FLOP/s of a product of square matrices."""
-    import jax
-    import jax.numpy as jnp
-
-    x, times = jnp.ones((side, side), dtype), []
-    run = jax.jit(jnp.matmul)
-    for _ in range(8):
-        start = time.perf_counter()
-        jax.block_until_ready(run(x, x))
-        times.append(time.perf_counter() - start)
-    return 2 * side**3 / statistics.median(times[3:])
+    return lambda: step(*inputs)
 
 
 def _cases(sizes: Sizes, tokens: int, names: list[str], others: dict[str, Callable]) -> Iterator[tuple]:
@@ -145,7 +127,7 @@ def cases(config_path: str | None) -> tuple[Iterator[Case], list[str]]:
 
     if config_path:
         raise ConfigError(f"--config={config_path}: --suite=grouped_matmul has sizes of its own; leave --config out")
-    platform, start = jax.default_backend(), time.monotonic()
+    platform = jax.default_backend()
     sizes, threads = SIZES[platform], len(os.sched_getaffinity(0))
     rate = matmul_rate(sizes.matmul, sizes.dtype)
     notes = [
@@ -161,18 +143,19 @@ def cases(config_path: str | None) -> tuple[Iterator[Case], list[str]]:
             for name, flops, inputs, differentiable, contenders in _cases(sizes, tokens, names, others):
                 for gradients in (False, True):
                     title = f"{name}, forward{' and backward' if gradients else ''}"
-                    if time.monotonic() - start > SECONDS:
-                        notes.append(f"{title} left out: {SECONDS} s have passed")
-                        continue
-                    work, calls = flops * (3 if gradients else 1), {}
+                    work, calls, repeats = flops * (3 if gradients else 1), {}, 1
                     for who, function in contenders.items():
                         try:
-                            calls[who] = timed(function, inputs, differentiable if gradients else ())
+                            call = timed(function, inputs, differentiable if gradients else ())
+                            repeats = repeats if calls else launches(call)
+                            contender = launched(call, repeats)
+                            contender()
+                            calls[who] = contender
                         except Exception as error:  # as for want of memory
                             if who.startswith("dsv3_jax"):
                                 raise
                             reason = (str(error).splitlines() or [""])[0][:200]
                             notes.append(f"{title}: {who} left out: {type(error).__name__}: {reason}")
-                    yield Case(title, work / 1e9, calls, {"of matmul peak": work / rate})
+                    yield Case(title, work / 1e9, calls, {"of matmul peak": work / rate}, repeats)
 
     return each(), notes

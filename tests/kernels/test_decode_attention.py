@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from dsv3_jax import config as c
 from dsv3_jax.config import ConfigError
 from dsv3_jax.kernels.decode_attention import decode_attention, default_implementation
+from dsv3_jax.kernels.decode_attention.api import Needs
 from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
 from dsv3_jax.kernels.decode_attention.pallas_tpu import block_size, fits, tpu_decode_attention
 from dsv3_jax.ops.caches import CacheLayout, slot_positions
@@ -96,10 +98,23 @@ def test_blocks_that_nobody_sees_are_not_read():
 def test_blocks_fit_and_what_does_not_is_refused(monkeypatch):
     assert block_size(32768, 576 * 2) == 1024 and block_size(32768, 16384) == 256 and block_size(70, 64) == 128
     assert fits(2 * 64 * 128 * 2) and not fits(2 * 256 * 128 * 2)
-    assert default_implementation(jnp.bfloat16) == "reference"
+    grouped, latent = Needs(1, 128, 128, 8, False), Needs(1, 576, 512, 1, True)
+    assert default_implementation(jnp.bfloat16, latent) == "reference"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert default_implementation(jnp.bfloat16, 1152) == "pallas_tpu"
-    assert default_implementation(jnp.bfloat16, 2**17) == default_implementation(jnp.float16) == "reference"
+    assert default_implementation(jnp.bfloat16, latent) == "pallas_tpu"
+    many_heads = grouped._replace(key_heads=256)
+    assert (
+        default_implementation(jnp.bfloat16, many_heads) == default_implementation(jnp.float16, latent) == "reference"
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+    assert default_implementation(jnp.bfloat16, latent) == default_implementation(jnp.float16, grouped) == "pallas_gpu"
+    for dtype, needs in (
+        (jnp.float32, grouped),
+        (jnp.bfloat16, latent._replace(value_width=576)),
+        (jnp.bfloat16, latent._replace(tokens=300)),  # their biases fill shared memory
+    ):
+        assert default_implementation(dtype, needs) == "reference"
     monkeypatch.undo()
     q, k, v = inputs(1, 4, 2, 16, 16)
     with pytest.raises(ConfigError, match="implementation='flash': must be one of pallas_gpu, pallas_tpu, reference"):
@@ -108,7 +123,7 @@ def test_blocks_fit_and_what_does_not_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="'pallas_gpu': values 576 wide do not fit .* at most 512"):
         decode_attention(wide[:, :1], wide, wide, ring_mask(1, 9), scale=1.0, implementation="pallas_gpu")
     wide = jnp.zeros((2, S, 1, 512), jnp.bfloat16)
-    with pytest.raises(ConfigError, match="keys 512 and values 512 wide and 1 tokens take .* bytes of shared memory"):
+    with pytest.raises(ConfigError, match="keys 512 and values 512 wide and 1 tokens do not fit .* of shared memory"):
         decode_attention(wide[:, :1], wide, wide, ring_mask(1, 9), scale=1.0, implementation="pallas_gpu")
 
 

@@ -1,5 +1,7 @@
 """The GPU kernels of grouped matmul, interpreted; compilation for a GPU is in `test_gpu_compilation.py`."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,4 +65,6 @@ def test_what_the_kernels_cannot_run_is_refused_by_name(monkeypatch):
         grouped_experts(x, weights, CASES["one token"], w_in, w_out, "pallas_gpu")
     with pytest.raises(c.ConfigError, match=message):
         pick_matmul("pallas_gpu", jnp.float32)
-    assert api.default_implementation(jnp.bfloat16) == "ragged_dot"  # until it has run on one
+    assert api.default_implementation(jnp.float32) == "ragged_dot"
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+    assert api.default_implementation(jnp.bfloat16) == "pallas_gpu"

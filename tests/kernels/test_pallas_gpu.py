@@ -11,7 +11,13 @@ import pytest
 from dsv3_jax import config as c
 from dsv3_jax.kernels.windowed_attention import api, windowed_attention
 from dsv3_jax.kernels.windowed_attention.call import Call
-from dsv3_jax.kernels.windowed_attention.intervals import inner_bounds, key_blocks, query_blocks, visible_interval
+from dsv3_jax.kernels.windowed_attention.intervals import (
+    key_blocks,
+    query_blocks,
+    visible_interval,
+    whole_key_blocks,
+    whole_query_blocks,
+)
 from dsv3_jax.kernels.windowed_attention.pallas_gpu import gpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
 from dsv3_jax.ops.patterns import Place
@@ -41,10 +47,21 @@ def test_every_pair_that_sees_each_other_is_in_a_block_that_is_copied(pattern, c
         for bounds, seen in ((of_queries, seen_nm), (of_keys, seen_nm.T)):
             for (start, stop), row in zip(bounds, seen, strict=True):
                 assert (start, stop) == ((row.argmax(), len(row) - row[::-1].argmax()) if row.any() else (0, 0))
-        latest_first, earliest_last = np.asarray(inner_bounds(first_BT, last_BT, q_block))[0].T
-        begin_m = np.arange(0, 768, k_block)
-        by_bounds = (latest_first[:, None] <= begin_m) & (earliest_last[:, None] >= begin_m + k_block - 1)
-        np.testing.assert_array_equal(by_bounds, whole_nm)
+        for of, whole in ((whole_key_blocks, whole_nm), (whole_query_blocks, whole_nm.T)):
+            blocks = np.arange(whole.shape[1])
+            for (start, stop), row in zip(np.asarray(of(first_BT, last_BT, q_block, k_block))[0], whole, strict=True):
+                np.testing.assert_array_equal((blocks >= start) & (blocks < stop), row)
+
+
+@pytest.mark.quick
+def test_of_several_runs_of_queries_that_see_whole_keys_the_first_is_not_masked():
+    """Windows set at run time, of each query its own."""
+    position_BT = jnp.arange(16)[None]
+    window_BT = jnp.where((position_BT >= 8) & (position_BT < 12), 3, 16)
+    place = Place(position_BT, jnp.ones((1, 16), jnp.int32), window_BT)
+    first_BT, last_BT = visible_interval(c.RuntimeWindowed(16), True, place)
+    whole = np.asarray(whole_query_blocks(first_BT, last_BT, 4, 4))[0]
+    np.testing.assert_array_equal(whole, [[1, 2], [3, 4], [3, 4], [0, 0]])
 
 
 @pytest.mark.quick
@@ -124,4 +141,7 @@ def test_what_the_kernel_cannot_run_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability="8.0")])
     with pytest.raises(c.ConfigError, match=r"Hopper, compute capability 9.0; this GPU has 8.0"):
         attend(jnp.bfloat16, 64)
-    assert api.default_implementation(jnp.bfloat16, (128, 128)) == "blocked"  # until it has run on one
+    assert api.default_implementation(jnp.bfloat16, (128, 128)) == "blocked"
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+    assert api.default_implementation(jnp.bfloat16, (128, 128)) == "pallas_gpu"
+    assert api.default_implementation(jnp.float32, (128, 128)) == "blocked"

@@ -9,7 +9,7 @@ half of the result each.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +67,12 @@ def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barri
         def step_of(step, carry):
             accs, peak_R, total_R = carry
             slot, shape = ring.wait(step), (WARPGROUP_ROWS, block)
-            scores_RS = own.zeros(*shape)
-            for piece in range(q_smem.shape[0]):
-                key = own.transposed(k_smem.at[slot, piece])
-                (scores_RS,) = own.products((scores_RS, q_smem.at[piece], key))
+            (scores_RS,) = own.products(
+                (
+                    own.zeros(*shape),
+                    lambda: [(q_smem.at[i], own.transposed(k_smem.at[slot, i])) for i in range(q_smem.shape[0])],
+                )
+            )
             scores_RS = scores_RS * settings.scale
             if settings.softcap is not None:  # tanh(x) = 1 − 2 / (1 + e^2x)
                 power_RS = jnp.exp2(scores_RS * (2 * exponent / settings.softcap))
@@ -89,8 +91,7 @@ def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barri
             terms = [
                 (
                     acc * jax.lax.broadcast_in_dim(shrink_R, acc.shape, [0]),
-                    weights_RS,
-                    v_smem.at[slot, group * share + i],
+                    lambda i=i: [(weights_RS, v_smem.at[slot, group * share + i])],
                 )
                 for i, acc in enumerate(accs)
             ]
@@ -139,24 +140,39 @@ def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barri
         ring.drain(stop - first)
 
 
-def _block_size(T: int, key_pieces: int, value_pieces: int, readers: int) -> int:
-    """Slots in a step: as many as fit shared memory beside the queries and the results.
+class _Pieces(NamedTuple):
+    """How keys and values are cut: pieces of each, and the warpgroups that share the values. latent: the values are the
+    first pieces of the keys."""
 
-    Raises:
-      ConfigError: none do.
-    """
+    keys: int
+    values: int
+    readers: int
+    latent: bool
 
-    def needed(block: int) -> int:  # matrices have 2 bytes an element, biases and results 4
-        ring = SLOTS * block * ((key_pieces + value_pieces) * PIECE * 2 + T * 4)
-        return ring + WARPGROUP_ROWS * PIECE * (key_pieces * 2 + readers * 4) + WARPGROUP_ROWS * 4
+    def block_size(self, tokens: int) -> int | None:
+        """Slots in a step: as many as fit shared memory beside the queries and the results; None if too few do."""
+        width = (self.keys + (0 if self.latent else self.values)) * PIECE
+        results = WARPGROUP_ROWS * (PIECE * (self.keys * 2 + self.readers * 4) + 4)  # queries have 2 bytes an element
+        return next((n for n in (64, 32) if SLOTS * n * (width * 2 + tokens * 4) + results <= MEMORY), None)
 
-    for block in (64, 32):
-        if needed(block) <= MEMORY:
-            return block
-    raise ConfigError(
-        f"implementation='pallas_gpu': keys {key_pieces * PIECE} and values {value_pieces * PIECE} wide and {T} tokens "
-        f"take {needed(32):,} bytes of shared memory, a block of threads has {MEMORY:,}; use 'reference'"
-    )
+
+def _cut(key_width: int, value_width: int, latent: bool) -> _Pieces:
+    values = -(-value_width // PIECE)
+    readers = -(-values // WIDEST_RESULT)
+    values += -values % readers
+    return _Pieces(max(-(-key_width // PIECE), values if latent else 0), values, readers, latent)
+
+
+def gpu_refusal(tokens: int, key_width: int, value_width: int, latent: bool) -> str | None:
+    """Why the kernel cannot attend so many new tokens to keys and values so wide; None if it can."""
+    if value_width > 512:
+        return f"values {value_width} wide do not fit the registers of two warpgroups: at most 512"
+    if _cut(key_width, value_width, latent).block_size(tokens) is None:
+        return (
+            f"keys {key_width} and values {value_width} wide and {tokens} tokens do not fit {MEMORY:,} bytes of shared "
+            "memory; use 'reference'"
+        )
+    return None
 
 
 def gpu_decode_attention(
@@ -177,18 +193,19 @@ def gpu_decode_attention(
       interpret: runs the kernel without a GPU, slowly; by default wherever there is none.
     """
     (B, T, H, N), (S, G), dtype = q_BTHN.shape, k_BSGN.shape[1:3], k_BSGN.dtype
-    M = v_BSGM if isinstance(v_BSGM, int) else v_BSGM.shape[-1]
-    group, m = H // G, -(-M // PIECE)
-    readers = -(-m // WIDEST_RESULT)
-    m += -m % readers
-    n = max(-(-N // PIECE), m if isinstance(v_BSGM, int) else 0)
-    block = _block_size(T, n, 0 if isinstance(v_BSGM, int) else m, readers)
+    latent = isinstance(v_BSGM, int)
+    M = v_BSGM if latent else v_BSGM.shape[-1]
+    if reason := gpu_refusal(T, N, M, latent):
+        raise ConfigError(f"implementation='pallas_gpu': {reason}")
+    n, m, readers, _ = pieces = _cut(N, M, latent)
+    group, block = H // G, pieces.block_size(T)
+    assert block is not None
     interpreted = jax.default_backend() != "gpu" if interpret is None else interpret
     settings = _Settings(scale, softcap, block, readers, group, interpreted)
 
     def flat(x_BSGN: jax.Array, pieces: int) -> jax.Array:
-        # The chip reads zeros past the cache; the interpreter does not.
-        padding = -S % block if interpreted else 0, pieces * PIECE - x_BSGN.shape[-1]
+        # The chip reads zeros past the cache, which it takes 8 rows at a time; the interpreter does not.
+        padding = -S % (block if interpreted else 8), pieces * PIECE - x_BSGN.shape[-1]
         padded = jnp.pad(x_BSGN, ((0, 0), (0, padding[0]), (0, 0), (0, padding[1]))) if any(padding) else x_BSGN
         return padded.reshape(B, S + padding[0], -1)
 

@@ -57,7 +57,7 @@ def default_implementation(dtype: Any) -> str:
     16 experts, 9 with these skewed, 27 with 2 of 128; forward alone of 4 tokens, 4 of 16 experts: 2.7. Times of dense /
     bucketed: 2.7, 1.8, 11 and 1.5. Neither GPU nor TPU was measured: `benchmark.py --suite=grouped_matmul` does.
     """
-    name = {"cpu": "bucketed", "tpu": "pallas_tpu"}.get(jax.default_backend(), "ragged_dot")
+    name = {"cpu": "bucketed", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(jax.default_backend(), "ragged_dot")
     gathers = name in KERNELS and num_shards(axes.EXPERTS) * num_shards(axes.EXPERT_MLP) > 1
     return "ragged_dot" if gathers or refusal(name, dtype) else name
 

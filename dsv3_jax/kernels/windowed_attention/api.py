@@ -42,11 +42,8 @@ def refusal(name: str, dtype: Any, widths: tuple[int, int] = (0, 0)) -> str | No
 
 
 def default_implementation(dtype: Any, widths: tuple[int, int] = (0, 0)) -> str:
-    """What runs where none is named: the platform's kernel if it can, else "blocked".
-
-    On a GPU "blocked" too: "pallas_gpu" has been compiled for an H100 and interpreted, and has not yet run on one.
-    """
-    name = {"tpu": "pallas_tpu"}.get(jax.default_backend(), "blocked")
+    """What runs where none is named: the platform's kernel if it can, else "blocked"."""
+    name = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(jax.default_backend(), "blocked")
     return "blocked" if refusal(name, dtype, widths) else name
 
 

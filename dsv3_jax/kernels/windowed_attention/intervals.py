@@ -115,12 +115,6 @@ def schedule_by_key(
     return _schedule(k_S, q_S, _kinds(ordered_S2.T, first_BT, last_BT, q_block, k_block, part))
 
 
-def inner_bounds(first_BT: jax.Array, last_BT: jax.Array, block: int) -> jax.Array:
-    """Latest first and earliest last key of each block of queries, int32 [B, blocks, 2]: what all of them see."""
-    first_BnS, last_BnS = (x_BT.reshape(len(x_BT), -1, block) for x_BT in (first_BT, last_BT))
-    return jnp.stack([jnp.max(first_BnS, axis=-1), jnp.min(last_BnS, axis=-1)], axis=-1)
-
-
 def _outer_bounds(first_BT: jax.Array, last_BT: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """Earliest first and latest last key of each block of queries, [B, blocks]."""
     first_BnS, last_BnS = (x_BT.reshape(len(x_BT), -1, block) for x_BT in (first_BT, last_BT))
@@ -144,4 +138,28 @@ def query_blocks(first_BT: jax.Array, last_BT: jax.Array, q_block: int, k_block:
     start_Bm = jnp.argmax(seen_Bmn, axis=-1)
     stop_Bm = seen_Bmn.shape[-1] - jnp.argmax(seen_Bmn[..., ::-1], axis=-1)
     some_Bm1 = jnp.any(seen_Bmn, axis=-1, keepdims=True)
+    return jnp.where(some_Bm1, jnp.stack([start_Bm, stop_Bm], axis=-1), 0).astype(jnp.int32)
+
+
+def whole_key_blocks(first_BT: jax.Array, last_BT: jax.Array, q_block: int, k_block: int) -> jax.Array:
+    """For each block of queries the first of the key blocks that all of them see all of, and the last plus one: int32
+    [B, blocks, 2]. Not above the first where there is none."""
+    first_BnS, last_BnS = (x_BT.reshape(len(x_BT), -1, q_block) for x_BT in (first_BT, last_BT))
+    start_Bn = -(-jnp.max(first_BnS, axis=-1) // k_block)
+    return jnp.stack([start_Bn, (jnp.min(last_BnS, axis=-1) + 1) // k_block], axis=-1).astype(jnp.int32)
+
+
+def whole_query_blocks(first_BT: jax.Array, last_BT: jax.Array, q_block: int, k_block: int) -> jax.Array:
+    """For each block of keys the first run of query blocks of which all see all of it: its first block, and its last
+    plus one, int32 [B, blocks, 2]. Equal where there is none."""
+    first_BnS, last_BnS = (x_BT.reshape(len(x_BT), -1, q_block) for x_BT in (first_BT, last_BT))
+    begin_m = jnp.arange(0, first_BT.shape[1], k_block)
+    whole_Bmn = (jnp.max(first_BnS, axis=-1)[:, None] <= begin_m[:, None]) & (
+        jnp.min(last_BnS, axis=-1)[:, None] >= begin_m[:, None] + (k_block - 1)
+    )
+    start_Bm = jnp.argmax(whole_Bmn, axis=-1)
+    block_n = jnp.arange(whole_Bmn.shape[-1])
+    ends_Bmn = ~whole_Bmn & (block_n > start_Bm[..., None])
+    stop_Bm = jnp.where(jnp.any(ends_Bmn, axis=-1), jnp.argmax(ends_Bmn, axis=-1), len(block_n))
+    some_Bm1 = jnp.any(whole_Bmn, axis=-1, keepdims=True)
     return jnp.where(some_Bm1, jnp.stack([start_Bm, stop_Bm], axis=-1), 0).astype(jnp.int32)

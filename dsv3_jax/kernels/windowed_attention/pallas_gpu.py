@@ -8,6 +8,7 @@ backward kernels rather than one that adds up gradients of queries in memory: re
 """
 
 import functools
+import math
 from typing import Any, cast
 
 import jax
@@ -20,13 +21,20 @@ from dsv3_jax.kernels.windowed_attention.global_set import attend_with_globals
 from dsv3_jax.kernels.windowed_attention.gpu_kernels import (
     OWNED,
     READERS,
+    Block,
     Blocks,
     Settings,
     dkv_kernel,
     dq_kernel,
     forward_kernel,
 )
-from dsv3_jax.kernels.windowed_attention.intervals import inner_bounds, key_blocks, query_blocks, visible_interval
+from dsv3_jax.kernels.windowed_attention.intervals import (
+    key_blocks,
+    query_blocks,
+    visible_interval,
+    whole_key_blocks,
+    whole_query_blocks,
+)
 
 PIECE = 64  # elements in a swizzled row: widths are multiples of it
 WIDEST = 320  # key width + value width whose gradients fit the registers of a warpgroup
@@ -47,9 +55,9 @@ def _start_barrier(copies: int) -> Any:
 
 
 def _run_forward(settings: Settings, q_BTHN, k_BTGN, v_BTGM, first_BT, last_BT) -> tuple[jax.Array, jax.Array]:
-    """out_BTHM, and lse_BHT."""
+    """out_BTHM, and the binary logarithms that the backward kernels take, [B, H, T]."""
     (B, T, H, N), M = q_BTHN.shape, v_BTGM.shape[-1]
-    own, (block, _, _, slots), dtype = settings.warpgroup, settings.blocks, q_BTHN.dtype
+    own, (block, slots), dtype = settings.warpgroup, settings.blocks.forward, q_BTHN.dtype
     S = WARPGROUP_ROWS
     shared = [
         own.matrix(READERS, S, N, dtype=dtype),
@@ -60,12 +68,12 @@ def _run_forward(settings: Settings, q_BTHN, k_BTGN, v_BTGM, first_BT, last_BT) 
         *[plgpu.SMEM((READERS, S), jnp.int32)] * 2,
     ]
     ring = Ring.barriers(slots, 1, READERS)
-    inner = inner_bounds(first_BT, last_BT, S), key_blocks(first_BT, last_BT, OWNED, block)
+    blocks = whole_key_blocks(first_BT, last_BT, S, block), key_blocks(first_BT, last_BT, OWNED, block)
     return _call(
         forward_kernel,
         settings,
         H,
-        (q_BTHN, k_BTGN, v_BTGM, first_BT, last_BT, *inner),
+        (q_BTHN, k_BTGN, v_BTGM, first_BT, last_BT, *blocks),
         [((B, T, H, M), dtype), ((B, H, T), jnp.float32)],
         shared,
         [_start_barrier(3), *ring, *ring, plgpu.Barrier(num_arrivals=READERS)],
@@ -76,46 +84,48 @@ def _run_backward(settings: Settings, saved: Any, cotangents: Any):
     q_BTHN, k_BTGN, v_BTGM, first_BT, last_BT, out_BTHM, lse_BHT = saved
     dout_BTHM, dlse_BHT = cotangents
     (B, T, H, N), (G, M), dtype = q_BTHN.shape, v_BTGM.shape[2:], q_BTHN.dtype
-    # d scores = weights · (dout · v − Σ dout · out + dlse)
+    # d scores = weights · (dout · v + offset), offset = dlse − Σ dout · out
     delta_BTH = jnp.sum(dout_BTHM.astype(jnp.float32) * out_BTHM.astype(jnp.float32), axis=-1)
-    delta_BHT = jnp.swapaxes(delta_BTH, 1, 2) - dlse_BHT
+    offset_BHT = dlse_BHT - jnp.swapaxes(delta_BTH, 1, 2)
     lse_BHT = jnp.where(jnp.isfinite(lse_BHT), lse_BHT, jnp.inf)  # weights of 0 where none is seen
-    own, S, (_, dq, dkv, slots) = settings.warpgroup, WARPGROUP_ROWS, settings.blocks
-    given = q_BTHN, k_BTGN, v_BTGM, dout_BTHM, lse_BHT, delta_BHT, first_BT, last_BT
+    own, S, (_, dq, dkv) = settings.warpgroup, WARPGROUP_ROWS, settings.blocks
+    given = q_BTHN, k_BTGN, v_BTGM, dout_BTHM, lse_BHT, offset_BHT, first_BT, last_BT
 
     def vectors(count: int, block: int) -> list[Any]:
         return [plgpu.SMEM((count, block), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.int32)]
 
+    of_queries = whole_key_blocks(first_BT, last_BT, S, dq.rows), key_blocks(first_BT, last_BT, OWNED, dq.rows)
     (dq_BTHN,) = _call(
         dq_kernel,
         settings,
         H,
-        (*given, inner_bounds(first_BT, last_BT, S), key_blocks(first_BT, last_BT, OWNED, dq)),
+        (*given, *of_queries),
         [((B, T, H, N), dtype)],
         [
             own.matrix(READERS, S, N, dtype=dtype),
             own.matrix(READERS, S, M, dtype=dtype),
-            own.matrix(slots, dq, N, dtype=dtype),
-            own.matrix(slots, dq, M, dtype=dtype),
+            own.matrix(dq.slots, dq.rows, N, dtype=dtype),
+            own.matrix(dq.slots, dq.rows, M, dtype=dtype),
             *vectors(READERS, S),
         ],
-        [_start_barrier(6), *Ring.barriers(slots, 2, READERS)],
+        [_start_barrier(6), *Ring.barriers(dq.slots, 2, READERS)],
     )
-    narrow = functools.partial(own.matrix, dtype=dtype, swizzle=min(SWIZZLE_BYTES, dkv * dtype.itemsize))
+    narrow = functools.partial(own.matrix, dtype=dtype, swizzle=min(SWIZZLE_BYTES, dkv.rows * dtype.itemsize))
+    of_keys = whole_query_blocks(first_BT, last_BT, dkv.rows, S), query_blocks(first_BT, last_BT, dkv.rows, OWNED)
     dk_BTGN, dv_BTGM = _call(
         dkv_kernel,
         settings,
         G,
-        (*given, inner_bounds(first_BT, last_BT, dkv), query_blocks(first_BT, last_BT, dkv, OWNED)),
+        (*given, *of_keys),
         [((B, T, G, N), dtype), ((B, T, G, M), dtype)],
         [
             narrow(READERS, S, N),
             narrow(READERS, S, M),
-            narrow(slots, dkv, N),
-            narrow(slots, dkv, M),
-            *vectors(slots, dkv),
+            narrow(dkv.slots, dkv.rows, N),
+            narrow(dkv.slots, dkv.rows, M),
+            *vectors(dkv.slots, dkv.rows),
         ],
-        [_start_barrier(2), *Ring.barriers(slots, 6, READERS)],
+        [_start_barrier(2), *Ring.barriers(dkv.slots, 6, READERS)],
     )
     return dq_BTHN, dk_BTGN, dv_BTGM, None, None
 
@@ -127,17 +137,18 @@ def _attend(settings: Settings, q_BTHN, k_BTGN, v_BTGM, first_BT, last_BT) -> tu
 
 def _attend_forward(settings: Settings, *inputs):
     out, lse = _run_forward(settings, *inputs)
-    return (out, lse * settings.unit), (*inputs, out, lse)
+    return (out, lse * math.log(2)), (*inputs, out, lse)
 
 
 _attend.defvjp(_attend_forward, _run_backward)
 
 
 def block_sizes(key_width: int, value_width: int, softcap: float | None = None) -> Blocks:
-    """The largest blocks whose kernels fit shared memory and, by the assembler's report, spill no registers with widths
-    of 64/64, 128/128 and 192/128, and 32 bytes with 192/128 and a soft-cap. Widths as `padded_widths` gives them."""
-    wide = key_width + value_width > 256 or max(key_width, value_width) > 128
-    return Blocks(64 if wide else 128, 64, 32 if wide or softcap is not None else 64, 2)
+    """The fastest that were tried on an H100, of 32,768 tokens and a window of 4096, and that fit shared memory. Widths
+    as `padded_widths` gives them."""
+    if key_width + value_width > 256 or max(key_width, value_width) > 128:
+        return Blocks(Block(64, 2), Block(64, 2), Block(32, 3))
+    return Blocks(Block(128, 2), Block(128 if softcap is None else 64, 2), Block(64 if softcap is None else 32, 3))
 
 
 def padded_widths(key_width: int, value_width: int) -> tuple[int, int]:
