@@ -272,6 +272,7 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
             panel.loglog(*zip(*points), styles[window], marker="o", color=colours[who], label=f"{who}, {window}")
         panel.set(title=passes, xlabel="tokens", ylabel="median ms")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="x-small")
+    handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="x-small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

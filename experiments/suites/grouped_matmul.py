@@ -31,8 +31,8 @@ class Sizes(NamedTuple):
 SIZES = {
     "cpu": Sizes((256, 2048), 4, 16, 256, 128, "float32", 2048),
     # DeepSeek-V3's experts, 256 over eight devices.
-    "gpu": Sizes((512, 4096), 8, 32, 7168, 2048, "bfloat16", 8192),
-    "tpu": Sizes((512, 4096), 8, 32, 7168, 2048, "bfloat16", 8192),
+    "gpu": Sizes((4096, 512), 8, 32, 7168, 2048, "bfloat16", 8192),
+    "tpu": Sizes((4096, 512), 8, 32, 7168, 2048, "bfloat16", 8192),
 }
 MADE_FOR = {"bucketed": "cpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}  # elsewhere slow, or interpreted
 PEERS = {  # module with matmul(x_ND, w_EDF, group_sizes_E), and the platforms it has a kernel for

@@ -25,9 +25,8 @@ def visible_interval(pattern: LayerPattern, causal: bool, place: Place) -> tuple
     position_BT, segment_BT, window_BT = place
     T = position_BT.shape[1]
     row_T = jnp.arange(T, dtype=jnp.int32)
-    is_first_BT = jnp.concatenate([jnp.ones_like(segment_BT[:, :1]), segment_BT[:, 1:] != segment_BT[:, :-1]], axis=1)
-    first_BT = jax.lax.cummax(jnp.where(is_first_BT > 0, row_T, 0), axis=1)  # of the document
-    shift_BT = row_T - position_BT
+    shift_BT = row_T - position_BT  # the row where the document begins, if it begins here
+    first_BT = jnp.maximum(shift_BT, 0)
     bounds = local_range(pattern, position_BT, window_BT)
     if bounds is not None:
         first_BT = jnp.maximum(first_BT, shift_BT + bounds[0])
