@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import types
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import pytest
 from dsv3_jax import config as c
 from dsv3_jax.config import ConfigError
 from dsv3_jax.kernels.decode_attention import decode_attention, default_implementation
-from dsv3_jax.kernels.decode_attention.api import Needs
+from dsv3_jax.kernels.decode_attention.call import Call
 from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
 from dsv3_jax.kernels.decode_attention.pallas_tpu import block_size, fits, tpu_decode_attention
 from dsv3_jax.ops.caches import CacheLayout, slot_positions
@@ -90,7 +91,7 @@ def test_blocks_that_nobody_sees_are_not_read():
     mask = jnp.broadcast_to(jnp.arange(S) >= 256, (2, 1, S))
     poisoned = [jnp.where((jnp.arange(S) < 256)[:, None, None], jnp.nan, x) for x in (k, v)]
     bias = jnp.where(mask, 0.0, -jnp.inf)
-    actual = tpu_decode_attention(q, *poisoned, bias, 0.3, None, block=128)
+    actual = tpu_decode_attention(Call(q, *poisoned, bias, 0.3), block=128)
     assert_close(actual, decode_attention(q, k, v, mask, scale=0.3, implementation="reference"), 1e-5)
 
 
@@ -98,23 +99,25 @@ def test_blocks_that_nobody_sees_are_not_read():
 def test_blocks_fit_and_what_does_not_is_refused(monkeypatch):
     assert block_size(32768, 576 * 2) == 1024 and block_size(32768, 16384) == 256 and block_size(70, 64) == 128
     assert fits(2 * 64 * 128 * 2) and not fits(2 * 256 * 128 * 2)
-    grouped, latent = Needs(1, 128, 128, 8, False), Needs(1, 576, 512, 1, True)
-    assert default_implementation(jnp.bfloat16, latent) == "reference"
+
+    def of(dtype=jnp.bfloat16, tokens=1, key_heads=1, width=576, value_width: int | None = 512):
+        """A call of latent attention; without a value width of grouped heads."""
+        q, k = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, tokens, 128, width), (2, S, key_heads, width)))
+        return Call(
+            cast(Any, q), cast(Any, k), cast(Any, k) if value_width is None else value_width, cast(Any, None), 1.0
+        )
+
+    grouped = {"key_heads": 8, "width": 128, "value_width": None}
+    assert default_implementation(of()) == "reference"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert default_implementation(jnp.bfloat16, latent) == "pallas_tpu"
-    many_heads = grouped._replace(key_heads=256)
-    assert (
-        default_implementation(jnp.bfloat16, many_heads) == default_implementation(jnp.float16, latent) == "reference"
-    )
+    assert default_implementation(of()) == default_implementation(of(**grouped)) == "pallas_tpu"
+    for refused in (of(jnp.float16), of(**grouped | {"key_heads": 256})):
+        assert default_implementation(refused) == "reference"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
-    assert default_implementation(jnp.bfloat16, latent) == default_implementation(jnp.float16, grouped) == "pallas_gpu"
-    for dtype, needs in (
-        (jnp.float32, grouped),
-        (jnp.bfloat16, latent._replace(value_width=576)),
-        (jnp.bfloat16, latent._replace(tokens=300)),  # their biases fill shared memory
-    ):
-        assert default_implementation(dtype, needs) == "reference"
+    assert default_implementation(of()) == default_implementation(of(jnp.float16, **grouped)) == "pallas_gpu"
+    for refused in (of(jnp.float32), of(value_width=576), of(tokens=300)):  # their biases fill shared memory
+        assert default_implementation(refused) == "reference"
     monkeypatch.undo()
     q, k, v = inputs(1, 4, 2, 16, 16)
     with pytest.raises(ConfigError, match="implementation='flash': must be one of pallas_gpu, pallas_tpu, reference"):
@@ -133,7 +136,7 @@ def test_slots_are_split_over_blocks_of_threads_and_merged():
     q, k, _ = inputs(1, 8, 1, 330, 300)
     mask = ring_mask(1, 100)
     k = jnp.where((jnp.arange(S) >= 32)[None, :, None, None] & (jnp.arange(2) == 1)[:, None, None, None], jnp.nan, k)
-    actual = gpu_decode_attention(q, k, 300, jnp.where(mask, 0.0, -jnp.inf), 0.3, None, splits=3)
+    actual = gpu_decode_attention(Call(q, k, 300, jnp.where(mask, 0.0, -jnp.inf), 0.3), splits=3)
     seen = jnp.where(jnp.isnan(k), 0.0, k)
     assert_close(actual, decode_attention(q, seen, 300, mask, scale=0.3, implementation="reference"), 1e-5)
 
@@ -144,6 +147,7 @@ from dsv3_jax.planning.topologies import on_one_device, prepare_tpu_compiler, tp
 prepare_tpu_compiler(sys.argv[1])
 import jax, jax.numpy as jnp
 from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
+from dsv3_jax.kernels.decode_attention.call import Call
 from dsv3_jax.kernels.decode_attention.pallas_tpu import tpu_decode_attention
 jax.config.update("jax_enable_compilation_cache", False)
 sharding = on_one_device(tpu_topology(sys.argv[1]))
@@ -154,7 +158,7 @@ for T, S, H, G, N, M in ((1, 32768, 128, 1, 576, 512), (4, 32768, 128, 1, 576, 5
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
     def run(q, bias, k, *v):  # a cache has the heads of a token in one dimension
         values = v[0].reshape(2, S, G, M) if v else M
-        return tpu_decode_attention(q, k.reshape(2, S, G, N), values, bias, 0.1, None, interpret=False)
+        return tpu_decode_attention(Call(q, k.reshape(2, S, G, N), values, bias, 0.1), interpret=False)
     arrays = [shape(2, S, G * N)] if G == 1 else [shape(2, S, G * N), shape(2, S, G * M)]
     compiled = jax.jit(run).lower(shape(2, T, H, N), shape(2, T, S, dtype=jnp.float32), *arrays).compile()
     print(T, S, compiled.memory_analysis().temp_size_in_bytes, compiled.as_text().count("tpu_custom_call"))

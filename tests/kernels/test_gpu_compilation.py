@@ -82,6 +82,7 @@ from dsv3_jax.planning.topologies import gpu_topology, on_one_device, prepare_gp
 from tests.kernels.compile_gpu_attention import compile_reported
 prepare_gpu_compiler("h100", dump_ptx=True)
 import jax, jax.numpy as jnp
+from dsv3_jax.kernels.decode_attention.call import Call
 from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention
 jax.config.update("jax_enable_compilation_cache", False)
 sharding = on_one_device(gpu_topology("h100"))
@@ -91,7 +92,7 @@ for T, S, H, G, N, M in ((1, 32768, 128, 1, 576, 512), (4, 32768, 128, 1, 576, 5
                          (1, 33000, 16, 8, 256, 256)):
     def run(q, bias, k, *v):  # a cache has the heads of a token in one dimension
         values = v[0].reshape(2, S, G, M) if v else M
-        return gpu_decode_attention(q, k.reshape(2, S, G, N), values, bias, 0.1, None, interpret=False)
+        return gpu_decode_attention(Call(q, k.reshape(2, S, G, N), values, bias, 0.1), interpret=False)
     arrays = [shape(2, S, G * N)] if G == 1 else [shape(2, S, G * N), shape(2, S, G * M)]
     compiled, kernels = compile_reported(run, shape(2, T, H, N), shape(2, T, S, dtype=jnp.float32), *arrays)
     print(json.dumps({"case": f"{T},{S},{N}", "temporary": compiled.memory_analysis().temp_size_in_bytes,

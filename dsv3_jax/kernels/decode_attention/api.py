@@ -1,6 +1,6 @@
 """Picks an implementation of attention to a cache."""
 
-from typing import Any, NamedTuple
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from dsv3_jax import axes
 from dsv3_jax.config import ConfigError
 from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels.decode_attention.call import Call
 from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention, gpu_refusal
 from dsv3_jax.kernels.decode_attention.pallas_tpu import fits, tpu_decode_attention
 from dsv3_jax.kernels.decode_attention.reference import whole_attention
@@ -20,37 +21,25 @@ IMPLEMENTATIONS = {
 }
 
 
-class Needs(NamedTuple):
-    """Of a call: new tokens, widths of keys and values, key heads; latent: values are the first elements of keys."""
-
-    tokens: int
-    key_width: int
-    value_width: int
-    key_heads: int
-    latent: bool
-
-
-def refusal(name: str, dtype: Any, needs: Needs) -> str | None:
-    """Why an implementation cannot run this with a cache of this dtype; None if it can."""
+def refusal(name: str, call: Call) -> str | None:
+    """Why an implementation cannot run this; None if it can. Of the arrays only shapes and dtypes are read."""
+    dtype = call.k_BSGN.dtype
     if name == "pallas_tpu" and dtype == jnp.float16:
         return "TPUs have no float16; use bfloat16"
-    width = needs.key_width + (0 if needs.latent else needs.value_width)
-    bytes_a_slot = needs.key_heads * width * jnp.dtype(dtype).itemsize
+    bytes_a_slot = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in call.arrays)
     if name == "pallas_tpu" and not fits(bytes_a_slot):
         return f"{bytes_a_slot:,} bytes a slot of the cache do not fit on the chip; use 'reference'"
-    if name != "pallas_gpu":
-        return None
-    return gpu_refusal(needs.tokens, needs.key_width, needs.value_width, needs.latent) or hopper.refusal(dtype)
+    return gpu_refusal(call) or hopper.refusal(dtype) if name == "pallas_gpu" else None
 
 
-def default_implementation(dtype: Any, needs: Needs) -> str:
+def default_implementation(call: Call) -> str:
     """The platform's kernel if it can run this (`refusal`), else "reference".
 
     On an H100, 32,768 slots in bfloat16 (docs/results/attention_speed.md): eight rows of grouped queries 3.2 times as
     fast as "reference", of latent attention 1.6 times; one row 0.9 times.
     """
     name = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(jax.default_backend(), "reference")
-    return "reference" if refusal(name, dtype, needs) else name
+    return "reference" if refusal(name, call) else name
 
 
 def decode_attention(
@@ -80,22 +69,19 @@ def decode_attention(
     Raises:
       ConfigError: an unknown implementation, or one that cannot run this (`refusal`).
     """
-    arrays = [x for x in (k_BSGN, v_BSGM) if not isinstance(x, int)]
-    latent = isinstance(v_BSGM, int)
-    value_width = v_BSGM if latent else v_BSGM.shape[-1]
-    needs = Needs(q_BTHN.shape[1], k_BSGN.shape[3], value_width, k_BSGN.shape[2], latent)
-    name = implementation or default_implementation(k_BSGN.dtype, needs)
+    bias_BTS = jnp.where(mask_BTS, 0.0 if bias_BTS is None else bias_BTS, -jnp.inf).astype(jnp.float32)
+    call = Call(q_BTHN, k_BSGN, v_BSGM, bias_BTS, scale, softcap)
+    name = implementation or default_implementation(call)
     if name not in IMPLEMENTATIONS:
         raise ConfigError(f"implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
-    if reason := refusal(name, k_BSGN.dtype, needs):
+    if reason := refusal(name, call):
         raise ConfigError(f"implementation={name!r}: {reason}")
-    bias_BTS = jnp.where(mask_BTS, 0.0 if bias_BTS is None else bias_BTS, -jnp.inf).astype(jnp.float32)
     if name == "reference":  # XLA splits it
-        return whole_attention(q_BTHN, k_BSGN, v_BSGM, bias_BTS, scale, softcap)
-    k_BSGN, *values = (repeat_key_heads(q_BTHN.shape[2], x) for x in arrays)
+        return whole_attention(call)
+    k_BSGN, *values = (repeat_key_heads(q_BTHN.shape[2], x) for x in call.arrays)
 
     def attend(q, bias, k, *values):
-        return IMPLEMENTATIONS[name](q, k, values[0] if values else v_BSGM, bias, scale, softcap)
+        return IMPLEMENTATIONS[name](Call(q, k, values[0] if values else v_BSGM, bias, scale, softcap))
 
     of_keys = (axes.BATCH, None, axes.KV_HEADS, None)
     inputs = [(q_BTHN, (axes.BATCH, None, axes.HEADS, None)), (bias_BTS, (axes.BATCH, None, None))]

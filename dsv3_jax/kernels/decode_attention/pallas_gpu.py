@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.kernels.decode_attention.call import Call
 from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, Ring, Warpgroup, launch
 
 PIECE = 64  # columns of a matrix
@@ -45,16 +46,30 @@ class _Settings:
         return Warpgroup(self.interpret)
 
 
-def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barriers: Any) -> None:
-    q_ref, bias_ref, order_ref, count_ref, k_ref = refs[:5]
-    out_ref, lse_ref = refs[-2:]
-    q_smem, k_smem, bias_smem, out_smem, lse_smem, *v_smems = shared
+def _scores(settings: _Settings, product_RS: jax.Array, bias_smem: Any, row: Any) -> jax.Array:
+    """Of the rows from `row` on: scaled, capped, and hidden by the bias of each one's token. bias_smem: [T, block]."""
+    own, shape, tokens = settings.warpgroup, product_RS.shape, bias_smem.shape[0]
+    scores_RS = product_RS * settings.scale
+    if settings.softcap is not None:  # tanh(x) = 1 − 2 / (1 + e^2x)
+        power_RS = jnp.exp2(scores_RS * (2 * math.log2(math.e) / settings.softcap))
+        scores_RS = settings.softcap * (1.0 - 2.0 / (1.0 + power_RS))
+    row_RS = own.iota(shape, 0) + row
+    for token in range(tokens):
+        bias_RS = jax.lax.broadcast_in_dim(own.load(bias_smem.at[token], of_rows=False), shape, [1])
+        mine_RS = (row_RS >= token * settings.group) & (row_RS < (token + 1) * settings.group)
+        scores_RS = jnp.where(mine_RS, scores_RS + bias_RS, scores_RS) if tokens > 1 else scores_RS + bias_RS
+    return scores_RS
+
+
+def _kernel(settings: _Settings, refs: Any, shared: Any, barriers: Any) -> None:
+    q_ref, bias_ref, order_ref, count_ref, *cache_refs, out_ref, lse_ref = refs
+    q_smem, bias_smem, out_smem, lse_smem, *cache_smems = shared
     start_barrier, full, free = barriers
     own, block, ring = settings.warpgroup, settings.block, Ring(SLOTS, full, free)
     names = ("batch", "heads", "tiles", "splits", "warpgroup")
     batch, head, tile, split, group = (jax.lax.axis_index(name) for name in names)
-    (T, _), splits, pieces = bias_smem.shape[1:], out_ref.shape[1], out_ref.shape[4] // PIECE
-    share = pieces // settings.readers
+    T, splits, pieces = bias_smem.shape[1], out_ref.shape[1], out_ref.shape[4] // PIECE
+    k_smem, v_smem, share = cache_smems[0], cache_smems[-1], pieces // settings.readers
     count = count_ref[batch]
     first, stop = jax.lax.div(count * split, jnp.int32(splits)), jax.lax.div(count * (split + 1), jnp.int32(splits))
     rows, exponent = pl.ds(tile * WARPGROUP_ROWS, WARPGROUP_ROWS), math.log2(math.e)
@@ -64,30 +79,18 @@ def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barri
         plgpu.set_max_registers(232, action="increase")
         plgpu.barrier_wait(start_barrier)
 
+        def of_keys(slot):
+            return [(q_smem.at[i], own.transposed(k_smem.at[slot, i])) for i in range(q_smem.shape[0])]
+
         def step_of(step, carry):
             accs, peak_R, total_R = carry
             slot, shape = ring.wait(step), (WARPGROUP_ROWS, block)
-            (scores_RS,) = own.products(
-                (
-                    own.zeros(*shape),
-                    lambda: [(q_smem.at[i], own.transposed(k_smem.at[slot, i])) for i in range(q_smem.shape[0])],
-                )
-            )
-            scores_RS = scores_RS * settings.scale
-            if settings.softcap is not None:  # tanh(x) = 1 − 2 / (1 + e^2x)
-                power_RS = jnp.exp2(scores_RS * (2 * exponent / settings.softcap))
-                scores_RS = settings.softcap * (1.0 - 2.0 / (1.0 + power_RS))
-            token_RS = own.iota(shape, 0) + tile * WARPGROUP_ROWS
-            for token in range(T):
-                bias_RS = jax.lax.broadcast_in_dim(own.load(bias_smem.at[slot, token], of_rows=False), shape, [1])
-                mine_RS = (token_RS >= token * settings.group) & (token_RS < (token + 1) * settings.group)
-                scores_RS = jnp.where(mine_RS, scores_RS + bias_RS, scores_RS) if T > 1 else scores_RS + bias_RS
+            (product_RS,) = own.products((own.zeros(*shape), lambda: of_keys(slot)))
+            scores_RS = _scores(settings, product_RS, bias_smem.at[slot], tile * WARPGROUP_ROWS)
             new_R = jnp.maximum(peak_R, jnp.max(scores_RS, axis=1))
             exp_RS = jnp.exp2((scores_RS - jax.lax.broadcast_in_dim(new_R, shape, [0])) * exponent)
             shrink_R = jnp.exp2((peak_R - new_R) * exponent)
-            total_R = total_R * shrink_R + jnp.sum(exp_RS, axis=1)
             weights_RS = exp_RS.astype(k_smem.dtype)
-            v_smem = v_smems[0] if has_values else k_smem
             terms = [
                 (
                     acc * jax.lax.broadcast_in_dim(shrink_R, acc.shape, [0]),
@@ -97,7 +100,7 @@ def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barri
             ]
             accs = own.products(*terms)
             ring.release(step)
-            return accs, new_R, total_R
+            return accs, new_R, total_R * shrink_R + jnp.sum(exp_RS, axis=1)
 
         accs = tuple(own.zeros(WARPGROUP_ROWS, PIECE) for _ in range(share))
         carry = accs, own.full(WARPGROUP_ROWS, LOWEST), own.full(WARPGROUP_ROWS, 0.0)
@@ -105,18 +108,14 @@ def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barri
         some_R = total_R > 0
         safe_R = jnp.where(some_R, total_R, 1.0)
         for i, acc in enumerate(accs):
-            out_smem[group] = acc / jax.lax.broadcast_in_dim(safe_R, acc.shape, [0])
-            plgpu.commit_smem()
             columns = pl.ds((group * share + i) * PIECE, PIECE)
-            plgpu.copy_smem_to_gmem(out_smem.at[group], out_ref.at[batch, split, head, rows, columns])
-            plgpu.wait_smem_to_gmem(0)
+            result = acc / jax.lax.broadcast_in_dim(safe_R, acc.shape, [0])
+            own.store((result, out_smem.at[group], out_ref.at[batch, split, head, rows, columns]))
 
         @pl.when(group == 0)
         def _():
-            lse_smem[...] = jnp.where(some_R, peak_R + jnp.log(safe_R), -jnp.inf)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[batch, split, head, rows])
-            plgpu.wait_smem_to_gmem(0)
+            lse_R = jnp.where(some_R, peak_R + jnp.log(safe_R), -jnp.inf)
+            own.store((lse_R, lse_smem, lse_ref.at[batch, split, head, rows]))
 
     @pl.when(group == settings.readers)
     def _():
@@ -129,7 +128,7 @@ def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barri
         def _(step):
             slot, barrier = ring.claim(step)
             slots = pl.ds(order_ref[batch, first + step] * block, block)
-            for ref, smem in ((k_ref, k_smem), *((refs[5], v_smem) for v_smem in v_smems)):
+            for ref, smem in zip(cache_refs, cache_smems, strict=True):
                 width = smem.shape[1] * PIECE
                 for piece in range(smem.shape[1]):
                     columns = pl.ds(head * width + piece * PIECE, PIECE)
@@ -141,50 +140,44 @@ def _kernel(settings: _Settings, has_values: bool, refs: Any, shared: Any, barri
 
 
 class _Pieces(NamedTuple):
-    """How keys and values are cut: pieces of each, and the warpgroups that share the values. latent: the values are the
-    first pieces of the keys."""
+    """How keys and values are cut: pieces of each, of values 0 where they are the first of the keys; results: pieces of
+    the output; readers: warpgroups that share them."""
 
     keys: int
     values: int
+    results: int
     readers: int
-    latent: bool
 
     def block_size(self, tokens: int) -> int | None:
         """Slots in a step: as many as fit shared memory beside the queries and the results; None if too few do."""
-        width = (self.keys + (0 if self.latent else self.values)) * PIECE
         results = WARPGROUP_ROWS * (PIECE * (self.keys * 2 + self.readers * 4) + 4)  # queries have 2 bytes an element
-        return next((n for n in (64, 32) if SLOTS * n * (width * 2 + tokens * 4) + results <= MEMORY), None)
+        a_slot = (self.keys + self.values) * PIECE * 2 + tokens * 4
+        return next((block for block in (64, 32) if SLOTS * block * a_slot + results <= MEMORY), None)
 
 
-def _cut(key_width: int, value_width: int, latent: bool) -> _Pieces:
-    values = -(-value_width // PIECE)
-    readers = -(-values // WIDEST_RESULT)
-    values += -values % readers
-    return _Pieces(max(-(-key_width // PIECE), values if latent else 0), values, readers, latent)
+def _cut(call: Call) -> _Pieces:
+    latent, results = len(call.arrays) == 1, -(-call.value_width // PIECE)
+    readers = -(-results // WIDEST_RESULT)
+    results += -results % readers
+    keys = max(-(-call.k_BSGN.shape[-1] // PIECE), results if latent else 0)
+    return _Pieces(keys, 0 if latent else results, results, readers)
 
 
-def gpu_refusal(tokens: int, key_width: int, value_width: int, latent: bool) -> str | None:
-    """Why the kernel cannot attend so many new tokens to keys and values so wide; None if it can."""
-    if value_width > 512:
-        return f"values {value_width} wide do not fit the registers of two warpgroups: at most 512"
-    if _cut(key_width, value_width, latent).block_size(tokens) is None:
+def gpu_refusal(call: Call) -> str | None:
+    """Why the kernel cannot run widths like these, and so many new tokens; None if it can."""
+    if call.value_width > 512:
+        return f"values {call.value_width} wide do not fit the registers of two warpgroups: at most 512"
+    tokens = call.q_BTHN.shape[1]
+    if _cut(call).block_size(tokens) is None:
         return (
-            f"keys {key_width} and values {value_width} wide and {tokens} tokens do not fit {MEMORY:,} bytes of shared "
-            "memory; use 'reference'"
+            f"keys {call.k_BSGN.shape[-1]} and values {call.value_width} wide and {tokens} tokens do not fit "
+            f"{MEMORY:,} bytes of shared memory; use 'reference'"
         )
     return None
 
 
 def gpu_decode_attention(
-    q_BTHN: jax.Array,
-    k_BSGN: jax.Array,
-    v_BSGM: jax.Array | int,
-    bias_BTS: jax.Array,
-    scale: float,
-    softcap: float | None,
-    *,
-    splits: int | None = None,
-    interpret: bool | None = None,
+    call: Call, *, splits: int | None = None, interpret: bool | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.decode_attention`. Widths of no whole 64 cost a copy of the cache.
 
@@ -192,14 +185,12 @@ def gpu_decode_attention(
       splits: of the slots; by default as many as fill the GPU.
       interpret: runs the kernel without a GPU, slowly; by default wherever there is none.
     """
-    (B, T, H, N), (S, G), dtype = q_BTHN.shape, k_BSGN.shape[1:3], k_BSGN.dtype
-    latent = isinstance(v_BSGM, int)
-    M = v_BSGM if latent else v_BSGM.shape[-1]
-    if reason := gpu_refusal(T, N, M, latent):
-        raise ConfigError(f"implementation='pallas_gpu': {reason}")
-    n, m, readers, _ = pieces = _cut(N, M, latent)
+    q_BTHN, k_BSGN, _, bias_BTS, scale, softcap = call
+    (B, T, H, N), (S, G), M, dtype = q_BTHN.shape, k_BSGN.shape[1:3], call.value_width, k_BSGN.dtype
+    n, v, m, readers = pieces = _cut(call)
     group, block = H // G, pieces.block_size(T)
-    assert block is not None
+    if block is None:
+        raise ConfigError(f"implementation='pallas_gpu': {gpu_refusal(call)}")
     interpreted = jax.default_backend() != "gpu" if interpret is None else interpret
     settings = _Settings(scale, softcap, block, readers, group, interpreted)
 
@@ -209,7 +200,7 @@ def gpu_decode_attention(
         padded = jnp.pad(x_BSGN, ((0, 0), (0, padding[0]), (0, 0), (0, padding[1]))) if any(padding) else x_BSGN
         return padded.reshape(B, S + padding[0], -1)
 
-    arrays = [flat(k_BSGN, n), *([] if isinstance(v_BSGM, int) else [flat(v_BSGM, m)])]
+    arrays = [flat(x_BSGN, count) for x_BSGN, count in zip(call.arrays, (n, v), strict=False)]
     R = -(-T * group // WARPGROUP_ROWS) * WARPGROUP_ROWS
     q_BGRN = jnp.moveaxis(q_BTHN.reshape(B, T, G, group, N), 1, 2).reshape(B, G, T * group, N).astype(dtype)
     q_BGRN = jnp.pad(q_BGRN, ((0, 0), (0, 0), (0, R - T * group), (0, n * PIECE - N)))
@@ -223,18 +214,16 @@ def gpu_decode_attention(
     matrix = functools.partial(settings.warpgroup.matrix, dtype=dtype, swizzle=swizzle)
     shared = [
         matrix(n, WARPGROUP_ROWS, PIECE),
-        matrix(SLOTS, n, block, PIECE),
         plgpu.SMEM((SLOTS, T, block), jnp.float32),
         plgpu.SMEM((readers, WARPGROUP_ROWS, PIECE), jnp.float32),
         plgpu.SMEM((WARPGROUP_ROWS,), jnp.float32),
-        *[matrix(SLOTS, m, block, PIECE) for _ in arrays[1:]],
+        *[matrix(SLOTS, count, block, PIECE) for count in (n, v)[: len(arrays)]],
     ]
-    copies = n + (m if len(arrays) == 2 else 0) + T
-    barriers = [plgpu.Barrier(num_arrivals=n), *Ring.barriers(SLOTS, copies, readers)]
+    barriers = [plgpu.Barrier(num_arrivals=n), *Ring.barriers(SLOTS, n + v + T, readers)]
 
     out_BsGRM, lse_BsGR = launch(
         "decode_attention",
-        functools.partial(_kernel, settings, len(arrays) == 2),
+        functools.partial(_kernel, settings),
         {"batch": B, "heads": G, "tiles": tiles, "splits": splits},
         readers + 1,
         (q_BGRN, jnp.maximum(bias_BTS, HIDDEN), order_Bn, count_B, *arrays),

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dsv3_jax.kernels.decode_attention.call import Call
+
 LANES = 128
 LOWEST = -1e30  # where running maxima begin
 HIDDEN = -2e30  # the score of a slot that is not seen: its exponential is 0 beside LOWEST too
@@ -75,15 +77,7 @@ def fits(bytes_a_slot: int) -> bool:
 
 
 def tpu_decode_attention(
-    q_BTHN: jax.Array,
-    k_BSGN: jax.Array,
-    v_BSGM: jax.Array | int,
-    bias_BTS: jax.Array,
-    scale: float,
-    softcap: float | None,
-    *,
-    block: int | None = None,
-    interpret: bool | None = None,
+    call: Call, *, block: int | None = None, interpret: bool | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.decode_attention`.
 
@@ -91,10 +85,9 @@ def tpu_decode_attention(
       block: slots in a step, a multiple of 128; by default `block_size`.
       interpret: runs the kernel without a TPU, slowly; by default wherever there is none.
     """
-    (B, T, H, N), (S, G) = q_BTHN.shape, k_BSGN.shape[1:3]
-    arrays = [k_BSGN] if isinstance(v_BSGM, int) else [k_BSGN, v_BSGM]
-    M = v_BSGM if isinstance(v_BSGM, int) else v_BSGM.shape[-1]
-    arrays = [x_BSGN.reshape(B, S, -1) for x_BSGN in arrays]
+    q_BTHN, k_BSGN, _, bias_BTS, scale, softcap = call
+    (B, T, H, N), (S, G), M = q_BTHN.shape, k_BSGN.shape[1:3], call.value_width
+    arrays = [x_BSGN.reshape(B, S, -1) for x_BSGN in call.arrays]
     block = block or block_size(S, sum(x_BSX.shape[2] * x_BSX.dtype.itemsize for x_BSX in arrays))
     steps = pl.cdiv(S, block)  # the last block may end past the cache, with anything
     bias_BTS = jnp.pad(bias_BTS, ((0, 0), (0, 0), (0, steps * block - S)), constant_values=-jnp.inf)

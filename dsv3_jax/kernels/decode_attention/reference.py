@@ -3,18 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels.decode_attention.call import Call
 from dsv3_jax.ops.attention import reference_attention
 
 
-def whole_attention(
-    q_BTHN: jax.Array,
-    k_BSGN: jax.Array,
-    v_BSGM: jax.Array | int,
-    bias_BTS: jax.Array,
-    scale: float,
-    softcap: float | None,
-) -> tuple[jax.Array, jax.Array]:
+def whole_attention(call: Call) -> tuple[jax.Array, jax.Array]:
     """See `api.decode_attention`."""
-    values = k_BSGN[..., :v_BSGM] if isinstance(v_BSGM, int) else v_BSGM
-    mask_BTS = bias_BTS > -jnp.inf
-    return reference_attention(q_BTHN, k_BSGN, values, mask_BTS, scale, jnp.where(mask_BTS, bias_BTS, 0), softcap)
+    values = call.arrays[-1][..., : call.value_width]
+    mask_BTS = call.bias_BTS > -jnp.inf
+    bias_BTS = jnp.where(mask_BTS, call.bias_BTS, 0)
+    return reference_attention(call.q_BTHN, call.k_BSGN, values, mask_BTS, call.scale, bias_BTS, call.softcap)
