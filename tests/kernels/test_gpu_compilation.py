@@ -32,8 +32,7 @@ def compiled(script: str, *cases: str) -> dict[str, dict]:
 
 
 def test_kernels_multiply_on_tensor_cores_spill_nothing_and_need_no_memory_of_the_square():
-    lengths, widths = (4096, 131072), ("128,128", "192,128")
-    cases = *(f"{T},{width},512" for T in lengths for width in widths), "32768,128,128,4096", "8192,64,64,0"
+    cases = "131072,128,128,4096", "131072,192,128,512", "8192,64,64,0"
     found = compiled("compile_gpu_attention.py", *cases)
     for case, line in found.items():
         T, N, M, _ = map(int, case.split(","))
@@ -51,8 +50,7 @@ def test_odd_shapes_compile_and_spill_little():
     cases = (
         "300,24,16,90,float16",
         "1000,192,128,0,float16",
-        "2,64,64,0",
-        "500,160,96,80",
+        "2,160,96,80",
         "500,64,256,0",
         "500,256,64,0",
     )

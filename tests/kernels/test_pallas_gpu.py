@@ -79,8 +79,7 @@ def test_blocks_that_are_copied_grow_with_the_window_not_with_the_square():
 
 LONG = [
     (c.Windowed(200), True, None, (230, 150)),
-    pytest.param(c.Full(), True, 4.0, (300, 40), marks=pytest.mark.slow),
-    pytest.param(c.Windowed(140), False, None, (380,), marks=pytest.mark.slow),
+    pytest.param(c.Windowed(140), False, 4.0, (380,), marks=pytest.mark.slow),
 ]
 
 

@@ -67,8 +67,3 @@ def test_a_learned_gate_solves_what_a_window_of_its_size_cannot():
     assert accuracy > 0.9
     window, _ = accuracy_after_training(c.Windowed(8))
     assert window < 2 / VALUES  # about one in six: a guess
-
-
-@pytest.mark.slow
-def test_full_attention_solves_it_too():
-    assert accuracy_after_training(c.Full())[0] > 0.9
