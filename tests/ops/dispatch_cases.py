@@ -57,15 +57,19 @@ DISPATCHES = {name: functools.partial(grouped_experts, implementation=name) for 
 DISPATCHES |= {"dense": dense_dispatch, "capacity": capacity_of_every_token}
 FAST = [name for name in DISPATCHES if name != "dense"]
 INTERPRETED = ("pallas_gpu", "pallas_tpu")  # kernels that take seconds to compile here, for every shape
-SLOWEST = "pallas_gpu"  # of them, by its interpreter: a minute a case
+SLOWEST = "pallas_gpu"  # of them, by its interpreter: a minute and a half a case
 
 
-def on_each(names, cases=("random",), combines=(True, False)) -> list:
-    """Parameters (name, case, combine). Interpreted kernels have one case uncombined, and are slow but for one shape;
-    the slowest has one case, the others of its kernels being in `tests/kernels/test_grouped_pallas_gpu.py`."""
+def on_each(names, cases=("random",), combines=(True, False), slowest=False) -> list:
+    """Parameters (name, case, combine). Interpreted kernels have one case uncombined, and are slow but for one shape.
+
+    slowest: whether the slowest has its one case; others of its kernels are in `tests/kernels`.
+    """
     found = []
     for name, case, combine in itertools.product(names, cases, combines):
-        if case != "some absent" and (name == SLOWEST or (name in INTERPRETED and not combine)):
+        if name == SLOWEST and not (slowest and combine and case == "some absent"):
+            continue
+        if name in INTERPRETED and not combine and case != "some absent":
             continue
         slow = name in INTERPRETED and not (combine and CASES[case].shape == (P, K) and name != SLOWEST)
         marks = pytest.mark.slow if slow else ()

@@ -61,7 +61,7 @@ def test_uncombined_is_one_expert_at_a_time():
         assert_close(y_PKD[:, k], alone, FLOAT32)
 
 
-@pytest.mark.parametrize(("name", "case", "combine"), on_each(FAST, CASES))
+@pytest.mark.parametrize(("name", "case", "combine"), on_each(FAST, CASES, slowest=True))
 def test_outputs_and_gradients_are_the_oracles(name, case, combine):
     actual, expected = run(name, CASES[case], combine), run("dense", CASES[case], combine)
     assert actual[0].shape == ((len(CASES[case]), CASES[case].shape[1], D) if not combine else (len(CASES[case]), D))
