@@ -8,6 +8,7 @@ and arithmetic) is what runs on the chip.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WARPGROUP_ROWS = 64  # of a product
 SWIZZLE_BYTES = 128
+TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters  # from jax 0.12 on
 
 
 def refusal(dtype: Any) -> str | None:
@@ -51,13 +53,15 @@ def launch(
     outputs: Sequence[tuple[tuple[int, ...], Any]],
     shared: Sequence[Any],
     barriers: Sequence[Any],
+    cost: pl.CostEstimate,
     interpret: bool,
 ) -> Any:
     """Runs kernel(refs of inputs and outputs, shared memory, barriers) in a block of threads for each place of a grid.
 
     Args:
       name: what profilers show. grid: size of each axis by name, the last one innermost; a warpgroup finds its own
-        index along "warpgroup". outputs: shape and dtype of each. shared, barriers: what to allocate.
+        index along "warpgroup". outputs: shape and dtype of each. shared, barriers: what to allocate. cost: what XLA
+        counts, where jax passes it on (`TAKES_COST`).
     """
 
     def body(*refs):
@@ -68,6 +72,7 @@ def launch(
         )
 
     body.__name__ = name
+    more: dict[str, Any] = {"cost_estimate": cost} if TAKES_COST else {}
     run = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(*output) for output in outputs],
@@ -78,6 +83,7 @@ def launch(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=_interpreter() if interpret else None,
+        **more,
     )
     return run(*inputs)
 

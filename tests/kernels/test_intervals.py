@@ -12,6 +12,7 @@ from dsv3_jax.kernels.windowed_attention.intervals import (
     UPPER,
     WHOLE,
     block_pairs,
+    num_block_pairs,
     schedule_by_key,
     schedule_by_query,
     visible_interval,
@@ -48,6 +49,7 @@ def test_the_interval_is_the_local_set_and_schedules_hold_what_is_seen(pattern, 
     np.testing.assert_array_equal((first_BT[..., None] <= KEYS) & (last_BT[..., None] >= KEYS), mask_BTS)
 
     pairs = block_pairs(pattern, causal, T, Q, K)
+    assert len(pairs) == num_block_pairs(pattern, causal, T, Q, K)
     padding = ((0, 0), (0, -T % 16))
     whole = np.pad(mask_BTS, (*padding, (0, -T % K)))
     blocks_BqQkK = whole.reshape(B, whole.shape[1] // Q, Q, -1, K)

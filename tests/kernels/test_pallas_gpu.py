@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import config as c
+from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.windowed_attention import api, windowed_attention
 from dsv3_jax.kernels.windowed_attention.call import Call
 from dsv3_jax.kernels.windowed_attention.intervals import (
@@ -22,6 +23,7 @@ from dsv3_jax.kernels.windowed_attention.pallas_gpu import gpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
 from dsv3_jax.ops.patterns import Place
 from tests.conftest import assert_close, fresh_key
+from tests.kernels.pallas_calls import costs
 
 
 def place_of(*lengths: int, padding: int = 0) -> Place:
@@ -75,6 +77,22 @@ def test_blocks_that_are_copied_grow_with_the_window_not_with_the_square():
     assert copied(c.Windowed(512), 8192) == [5 * 64 - 10, 10 * 64 - 20]
     assert copied(c.Windowed(512), 16384) == [5 * 128 - 10, 10 * 128 - 20]
     assert copied(c.Full(), 8192) == [64 * 65 // 2, 64 * 65]
+
+
+@pytest.mark.quick
+@pytest.mark.skipif(not hopper.TAKES_COST, reason="jax hands the costs of GPU kernels on from 0.12")
+def test_costs_are_those_of_the_blocks_that_are_seen():
+    x = jnp.ones((1, 1024, 2, 128), jnp.bfloat16)
+
+    def total(q, k, v):
+        call = Call(q, k, v, place_of(1024), c.Windowed(256), 0.1)
+        return jnp.sum(gpu_attention(call, interpret=False)[0].astype(jnp.float32))
+
+    found = costs(jax.grad(total, argnums=(0, 1, 2)), x, x, x)
+    pairs = 2 * (1 + 2 + 6 * 3) * 128**2  # of blocks of 128: the diagonal and two before it
+    assert [cost.flops for cost in found] == [2 * pairs * products * 128 for products in (2, 3, 4)]
+    moved = [cost.bytes_accessed for cost in found]
+    assert all(4 * 2 * 1024 * 128 * 2 < each < 10 * 2 * 1024 * 128 * 2 for each in moved), moved
 
 
 LONG = [

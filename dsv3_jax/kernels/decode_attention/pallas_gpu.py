@@ -230,6 +230,7 @@ def gpu_decode_attention(
         [((B, splits, G, R, m * PIECE), jnp.float32), ((B, splits, G, R), jnp.float32)],
         shared,
         barriers,
+        pl.CostEstimate(2 * B * T * H * S * (N + M), B * T * H * S, sum(x.nbytes for x in (*arrays, q_BGRN, bias_BTS))),
         interpreted,
     )
     lse_BGR = jax.nn.logsumexp(lse_BsGR, axis=1)

@@ -204,6 +204,11 @@ def _row_products(
             plgpu.SMEM((READERS, WARPGROUP_ROWS), jnp.float32),
         ],
         [*Ring.barriers(SLOTS, READERS + 2, READERS), plgpu.Barrier(num_barriers=READERS)],
+        pl.CostEstimate(
+            2 * num_rows * x_ND.shape[1] * width * (1 if apart == 1 else 2),
+            0 if apart == 1 else num_rows * width,
+            x_ND.nbytes + w_EDF.nbytes + num_outputs * N * padded * dtype.itemsize,
+        ),
         settings.interpret,
     )
     return [result[:num_rows, :width] for result in results]
@@ -268,6 +273,9 @@ def _groups(settings: _Settings, x_ND: jax.Array, dy_NF: jax.Array, sizes_E: jax
             own.matrix(READERS, WARPGROUP_ROWS, COLUMNS, dtype=dtype),
         ],
         [*Ring.barriers(SLOTS, READERS + 2, READERS), plgpu.Barrier(num_arrivals=READERS)],
+        pl.CostEstimate(
+            2 * len(x_ND) * D * F, 0, x_ND.nbytes + dy_NF.nbytes + len(sizes_E) * math.prod(padded) * dtype.itemsize
+        ),
         settings.interpret,
     )
     return dw_EDF[:, :D, :F]

@@ -38,6 +38,7 @@ class Settings:
     scale: float
     softcap: float | None
     blocks: Blocks
+    pairs: tuple[int, int, int]  # of a query and a key in the blocks of a row that see each other, of each kernel
     interpret: bool
 
     @property

@@ -6,7 +6,7 @@ intervals alone. Which pairs of blocks may see each other follows from the patte
 do, and which see each other whole, follows from the intervals at run time.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,16 +43,26 @@ def visible_interval(pattern: LayerPattern, causal: bool, place: Place) -> tuple
     return jnp.where(real_BT, first_BT, T).astype(jnp.int32), jnp.where(real_BT, last_BT, -1).astype(jnp.int32)
 
 
-def block_pairs(pattern: LayerPattern, causal: bool, length: int, q_block: int, k_block: int) -> np.ndarray:
-    """The pairs (query block, key block) that may see each other, int32 [S, 2], by query block, then key block."""
+def _reached(pattern: LayerPattern, causal: bool, length: int, q_block: int, k_block: int) -> tuple[Any, Any]:
+    """For each block of queries the first key block that it may see, and the last plus one."""
     bound = reach(pattern)
     first_q = np.arange(0, length, q_block)
     last_q = np.minimum(first_q + q_block, length) - 1
     low = np.zeros_like(first_q) if bound is None else np.maximum(first_q - bound, 0)
     furthest = np.full_like(last_q, length - 1) if bound is None else np.minimum(last_q + bound, length - 1)
-    high = last_q if causal else furthest
-    pairs = [(i, j) for i in range(len(first_q)) for j in range(low[i] // k_block, high[i] // k_block + 1)]
-    return np.asarray(pairs, np.int32)
+    return low // k_block, (last_q if causal else furthest) // k_block + 1
+
+
+def block_pairs(pattern: LayerPattern, causal: bool, length: int, q_block: int, k_block: int) -> np.ndarray:
+    """The pairs (query block, key block) that may see each other, int32 [S, 2], by query block, then key block."""
+    bounds = zip(*_reached(pattern, causal, length, q_block, k_block), strict=True)
+    return np.asarray([(i, j) for i, (start, stop) in enumerate(bounds) for j in range(start, stop)], np.int32)
+
+
+def num_block_pairs(pattern: LayerPattern, causal: bool, length: int, q_block: int, k_block: int) -> int:
+    """How many they are."""
+    start, stop = _reached(pattern, causal, length, q_block, k_block)
+    return int(np.sum(stop - start))
 
 
 class Schedule(NamedTuple):

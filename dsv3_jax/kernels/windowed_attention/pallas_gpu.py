@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.kernels.hopper import SWIZZLE_BYTES, WARPGROUP_ROWS, Ring, launch
@@ -30,6 +31,7 @@ from dsv3_jax.kernels.windowed_attention.gpu_kernels import (
 )
 from dsv3_jax.kernels.windowed_attention.intervals import (
     key_blocks,
+    num_block_pairs,
     query_blocks,
     visible_interval,
     whole_key_blocks,
@@ -41,13 +43,22 @@ WIDEST = 320  # key width + value width whose gradients fit the registers of a w
 WIDEST_PRODUCT = 256  # columns of one `wgmma`
 
 
-def _call(kernel: Any, settings: Settings, heads: int, inputs: Any, outputs: Any, shared: Any, barriers: Any) -> Any:
-    """Runs a kernel, a block of threads for each batch row, head and block of OWNED rows. inputs: the first is
-    [B, T, …]. outputs: (shape, dtype) of each."""
-    B, T = inputs[0].shape[:2]
+def _call(
+    kernel: Any, settings: Settings, heads: int, inputs: Any, outputs: Any, shared: Any, barriers: Any, pairs: int,
+    multiplied: int,
+) -> Any:  # fmt: skip
+    """Runs a kernel, a block of threads for each batch row, head and block of OWNED rows.
+
+    inputs: queries, keys and values, and more. outputs: (shape, dtype) of each. pairs: of `Settings`. multiplied:
+    widths of the products of a pair, together.
+    """
+    (B, T, H, N), M, dtype = inputs[0].shape, inputs[2].shape[-1], inputs[0].dtype
     grid = {"batch": B, "heads": heads, "blocks": T // OWNED}
-    body = functools.partial(kernel, settings)
-    return launch(kernel.__name__, body, grid, READERS + 1, inputs, outputs, shared, barriers, settings.interpret)
+    body, pairs = functools.partial(kernel, settings), B * H * pairs
+    written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in outputs)
+    loaded = (pairs // OWNED + B * H * T) * (N + M) * dtype.itemsize  # of the other side, and of one's own
+    cost = pl.CostEstimate(2 * pairs * multiplied, pairs, loaded + written)
+    return launch(kernel.__name__, body, grid, READERS + 1, inputs, outputs, shared, barriers, cost, settings.interpret)
 
 
 def _start_barrier(copies: int) -> Any:
@@ -77,6 +88,8 @@ def _run_forward(settings: Settings, q_BTHN, k_BTGN, v_BTGM, first_BT, last_BT) 
         [((B, T, H, M), dtype), ((B, H, T), jnp.float32)],
         shared,
         [_start_barrier(3), *ring, *ring, plgpu.Barrier(num_arrivals=READERS)],
+        settings.pairs[0],
+        N + M,
     )
 
 
@@ -109,6 +122,8 @@ def _run_backward(settings: Settings, saved: Any, cotangents: Any):
             *vectors(READERS, S),
         ],
         [_start_barrier(6), *Ring.barriers(dq.slots, 2, READERS)],
+        settings.pairs[1],
+        2 * N + M,
     )
     narrow = functools.partial(own.matrix, dtype=dtype, swizzle=min(SWIZZLE_BYTES, dkv.rows * dtype.itemsize))
     of_keys = whole_query_blocks(first_BT, last_BT, dkv.rows, S), query_blocks(first_BT, last_BT, dkv.rows, OWNED)
@@ -126,6 +141,8 @@ def _run_backward(settings: Settings, saved: Any, cotangents: Any):
             *vectors(dkv.slots, dkv.rows),
         ],
         [_start_barrier(2), *Ring.barriers(dkv.slots, 6, READERS)],
+        settings.pairs[2],
+        2 * (N + M),
     )
     return dq_BTHN, dk_BTGN, dv_BTGM, None, None
 
@@ -178,7 +195,17 @@ def gpu_attention(
         last_BT = jnp.pad(last_BT, ((0, 0), (0, -T % OWNED)), constant_values=-1)
         sizes = blocks or block_sizes(*padded_widths(N, M), call.softcap)
         interpreted = jax.default_backend() != "gpu" if interpret is None else interpret
-        settings = Settings(call.scale, call.softcap, sizes, interpreted)
+
+        def pairs_of(q_block: int, k_block: int) -> int:
+            length = first_BT.shape[1]
+            return num_block_pairs(call.pattern, call.causal, length, q_block, k_block) * q_block * k_block
+
+        pairs = (
+            pairs_of(OWNED, sizes.forward.rows),
+            pairs_of(OWNED, sizes.dq.rows),
+            pairs_of(sizes.dkv.rows, OWNED),
+        )
+        settings = Settings(call.scale, call.softcap, sizes, pairs, interpreted)
         given = q_BTHN, k_BTGN, v_BTGM, first_BT, last_BT
         out_BTHM, lse_BHT = cast(tuple[jax.Array, jax.Array], _attend(settings, *given))
         return out_BTHM[:, :T, :, :M], lse_BHT[:, :, :T]
