@@ -224,6 +224,7 @@ def test_help_has_an_example():
     assert "Example:" in result.stdout and "experiments/combinations.py --" in result.stdout
 
 
+@pytest.mark.slow
 def test_every_value_once(tmp_path: pathlib.Path):
     result = command("--cover=once", f"--workdir={tmp_path}")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -95,12 +95,10 @@ def test_costs_are_those_of_the_blocks_that_are_seen():
     assert all(4 * 2 * 1024 * 128 * 2 < each < 10 * 2 * 1024 * 128 * 2 for each in moved), moved
 
 
-LONG = [
-    (c.Windowed(200), True, None, (230, 150)),
-    pytest.param(c.Windowed(140), False, 4.0, (380,), marks=pytest.mark.slow),
-]
+LONG = [(c.Windowed(200), True, None, (230, 150)), (c.Windowed(140), False, 4.0, (380,))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "causal", "softcap", "lengths"), LONG, ids=str)
 def test_several_blocks_whole_masked_and_unseen_are_the_oracles(pattern, causal, softcap, lengths):
     """Three blocks of queries, the last ending in padding; two query heads of a key head; unequal widths."""

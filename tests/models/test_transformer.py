@@ -108,14 +108,8 @@ def test_settings_of_speed_and_memory_change_neither_loss_nor_gradients(name, va
 CYCLE = with_pattern(c.PerLayer((c.Windowed(4), c.Windowed(6, (0,)), c.Full())))
 
 
-@pytest.mark.parametrize(
-    ("unroll", "remat"),
-    [
-        pytest.param(False, "none", marks=pytest.mark.slow),
-        pytest.param(True, "full", marks=pytest.mark.slow),
-        (False, "full"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("unroll", "remat"), [(False, "full"), (True, "full")])
 def test_scanning_over_periods_of_patterns_is_layer_by_layer(unroll, remat, tokens):
     """Two dense layers, then seven: the cycle of three begins amid, and leaves a rest."""
     config = dataclasses.replace(CYCLE, num_layers=9, num_dense_layers=2)
