@@ -1,11 +1,14 @@
 """What benchmark.py times: contenders do the same work, with the same result."""
 
 import sys
+import types
+from typing import cast
 
 import numpy as np
 import pytest
 
 from dsv3_jax import config as c
+from experiments import benchmark
 from experiments.suites import Case, decode
 from tests.conftest import tiny_model
 
@@ -49,3 +52,23 @@ def test_without_the_peer_ours_runs_alone_and_the_notes_say_so(config_path, monk
     check_work(cases)
     assert all(list(case.contenders) == ["dsv3_jax"] for case in cases)
     assert len(notes) == 2 and "left out" in notes[1] and "make peers" in notes[1]
+
+
+@pytest.mark.quick
+def test_repeated_calls_are_divided_and_no_case_is_begun_too_late(monkeypatch):
+    made = []
+
+    def each():
+        for name in ("first", "second"):
+            made.append(name)
+            yield Case(name, 10.0, {"ours": lambda: None}, calls=4)
+
+    notes: list[str] = []
+    suite = types.SimpleNamespace(UNIT="work/s", cases=lambda config: (each(), notes))
+    for flag, value in (("ROUNDS", 3), ("WARMUP", 1), ("SECONDS", 0), ("CONFIG", None)):
+        monkeypatch.setattr(benchmark, flag, types.SimpleNamespace(value=value))
+    monkeypatch.setattr(benchmark, "alternate", lambda contenders, *_: {name: [8.0] * 3 for name in contenders})
+    (row,), _, lines = benchmark.timed_table(cast(types.ModuleType, suite))
+    assert made == ["first"] and notes == ["no case was begun after 0 s (--seconds); the last is 'first'"]
+    assert row["seconds"] == 2.0 and row["work/s"] == 5.0
+    assert len(lines) == 3
