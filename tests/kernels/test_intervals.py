@@ -15,6 +15,7 @@ from dsv3_jax.kernels.windowed_attention.intervals import (
     num_block_pairs,
     schedule_by_key,
     schedule_by_query,
+    under_way,
     visible_interval,
 )
 from dsv3_jax.ops.patterns import Place, local_mask, same_document
@@ -75,6 +76,13 @@ def test_the_interval_is_the_local_set_and_schedules_hold_what_is_seen(pattern, 
         seen = kind_BS > SKIPPED
         np.testing.assert_array_equal(fetch_BS[seen], np.broadcast_to(schedule.other_S, kind_BS.shape)[seen])
         assert len(schedule.owner_S) == len(pairs)
+    oldest_S, newest_S = under_way(by_key)
+    for step, other in enumerate(others := by_key.other_S.tolist()):
+        begins, completes = other not in others[:step], other not in others[step + 1 :]
+        assert begins == (step == 0 or newest_S[step] > newest_S[step - 1])
+        assert completes == (step == len(others) - 1 or oldest_S[step + 1] > oldest_S[step])
+        assert not begins or newest_S[step] == other
+        assert not completes or oldest_S[step] == other
 
 
 def test_work_grows_with_length_times_window():

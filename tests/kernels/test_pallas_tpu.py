@@ -21,7 +21,7 @@ from dsv3_jax.kernels.windowed_attention.intervals import (
     schedule_by_query,
     visible_interval,
 )
-from dsv3_jax.kernels.windowed_attention.pallas_tpu import Blocks, block_sizes, tpu_attention
+from dsv3_jax.kernels.windowed_attention.pallas_tpu import WAITING, Blocks, block_sizes, tpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
 from dsv3_jax.ops.patterns import Place
 from dsv3_jax.sharding import make_mesh
@@ -41,25 +41,28 @@ def whole_row(B, T):
 
 @pytest.mark.quick
 def test_steps_of_the_grids_grow_with_the_window():
-    """Forward, dq, and dk with dv; the last for each of two query heads of a key head."""
+    """Forward and backward, the latter for each of two query heads of a key head; and with two backward kernels."""
 
-    def steps(pattern, T):
+    def steps(pattern, T, **options):
         args = [jax.ShapeDtypeStruct((1, T, heads, 128), jnp.bfloat16) for heads in (4, 2, 2)]
 
         def loss(q, k, v):
-            out, _ = tpu_attention(Call(q, k, v, whole_row(1, T), pattern, 0.1), blocks=Blocks(512, 512, 128))
+            call = Call(q, k, v, whole_row(1, T), pattern, 0.1)
+            out, _ = tpu_attention(call, blocks=Blocks(512, 512, 128), **options)
             return jnp.sum(out.astype(jnp.float32))
 
         return [call["grid"] for call in calls(jax.grad(loss, argnums=(0, 1, 2)), *args)]
 
-    assert steps(c.Windowed(512), 8192) == [(1, 4, 31, 1), (1, 4, 31, 1), (1, 2, 31, 2)]
-    assert steps(c.Windowed(512), 16384) == [(1, 4, 63, 1), (1, 4, 63, 1), (1, 2, 63, 2)]
-    assert steps(c.Full(), 8192) == [(1, 4, 136, 1), (1, 4, 136, 1), (1, 2, 136, 2)]
+    assert steps(c.Windowed(512), 8192) == [(1, 4, 31, 1), (1, 2, 31, 2)]
+    assert steps(c.Windowed(512), 16384) == [(1, 4, 63, 1), (1, 2, 63, 2)]
+    assert steps(c.Windowed(512), 16384, waiting=0) == [(1, 4, 63, 1), (1, 2, 63, 2), (1, 4, 63, 1)]
+    assert steps(c.Full(), 8192) == [(1, 4, 136, 1), (1, 2, 136, 2)]
+    assert len(steps(c.Full(), 65536)) == 3  # what waits would take 32 MiB a query head
 
 
-def attend(blocks, place, pattern, q, k, v):
+def attend(blocks, place, pattern, q, k, v, **options):
     def total(q, k, v):
-        out, lse = tpu_attention(Call(q, k, v, place, pattern, 0.2), blocks=blocks)
+        out, lse = tpu_attention(Call(q, k, v, place, pattern, 0.2), blocks=blocks, **options)
         return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0)), (out, lse)
 
     return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -79,6 +82,7 @@ def test_blocks_of_any_size_give_the_same():
     place = Place(jnp.where(jnp.arange(300) < 170, jnp.arange(300), jnp.arange(300) - 170)[None],
                   jnp.where(jnp.arange(300) < 170, 1, 2)[None])  # fmt: skip
     results = [attend(blocks, place, c.Windowed(90), q, k, v) for blocks in BLOCKS]
+    results += [attend(BLOCKS[0], place, c.Windowed(90), q, k, v, waiting=0)]  # two backward kernels
     for result in results[1:]:
         assert_close(result, results[0], 1e-5)
 
@@ -93,19 +97,22 @@ def kinds(pattern, causal, place, blocks) -> set[int]:
 
 
 LONG = [
-    (c.Full(), True, None, Blocks(256, 256, 128), {SKIPPED, MASKED, WHOLE, LOWER}),
-    (c.Windowed(400), True, 5.0, Blocks(256, 256, 128), {SKIPPED, MASKED, LOWER}),
-    (c.Windowed(256), True, None, Blocks(256, 256, 128), {LOWER, UPPER}),
-    (c.Full(), False, 5.0, Blocks(128, 256, 128), {SKIPPED, MASKED, WHOLE}),
-    (c.Windowed(400), False, None, Blocks(256, 128, 128), {MASKED, WHOLE}),
+    (c.Full(), True, None, Blocks(256, 256, 128), {SKIPPED, MASKED, WHOLE, LOWER}, WAITING),
+    (c.Windowed(400), True, 5.0, Blocks(256, 256, 128), {SKIPPED, MASKED, LOWER}, WAITING),
+    (c.Windowed(256), True, None, Blocks(256, 256, 128), {LOWER, UPPER}, 0),
+    (c.Windowed(256), True, None, Blocks(256, 256, 128), {LOWER, UPPER}, WAITING),
+    (c.Full(), False, 5.0, Blocks(128, 256, 128), {SKIPPED, MASKED, WHOLE}, WAITING),
+    (c.Full(), False, 5.0, Blocks(128, 256, 128), {SKIPPED, MASKED, WHOLE}, 0),
+    (c.Windowed(400), False, None, Blocks(256, 128, 128), {MASKED, WHOLE}, WAITING),
+    (c.Windowed(160), False, None, Blocks(128, 128, 128), {SKIPPED, MASKED}, WAITING),
 ]
 
 
 IN_TIME = [pytest.param(*case, marks=() if case in (LONG[0], LONG[2]) else pytest.mark.slow) for case in LONG]
 
 
-@pytest.mark.parametrize(("pattern", "causal", "softcap", "blocks", "occur"), IN_TIME, ids=str)
-def test_many_blocks_of_every_kind_agree_with_the_oracle(pattern, causal, softcap, blocks, occur):
+@pytest.mark.parametrize(("pattern", "causal", "softcap", "blocks", "occur", "waiting"), IN_TIME, ids=str)
+def test_many_blocks_of_every_kind_agree_with_the_oracle(pattern, causal, softcap, blocks, occur, waiting):
     """A row of three documents and padding, a row of one; four query heads of two key heads."""
     T, lengths = 700, (330, 40, 310)
     segments = np.concatenate([*(np.full(n, i + 1) for i, n in enumerate(lengths)), np.zeros(T - sum(lengths))])
@@ -123,7 +130,7 @@ def test_many_blocks_of_every_kind_agree_with_the_oracle(pattern, causal, softca
 
         return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
-    actual, expected = both(functools.partial(tpu_attention, blocks=blocks)), both(pattern_attention)
+    actual, expected = both(functools.partial(tpu_attention, blocks=blocks, waiting=waiting)), both(pattern_attention)
     assert_close(*(jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), r) for r in (actual, expected)), 3e-5)
     np.testing.assert_array_equal(jnp.isneginf(actual[1][1]), jnp.isneginf(expected[1][1]))
 

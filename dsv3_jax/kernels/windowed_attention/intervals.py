@@ -124,6 +124,15 @@ def schedule_by_key(
     return _schedule(k_S, q_S, _kinds(ordered_S2.T, first_BT, last_BT, q_block, k_block, part))
 
 
+def under_way(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+    """Of a schedule that key blocks own: the query blocks that have begun and are not complete, at each step the first
+    of them and the last, int32 [S]. One begins where the last rises, and is complete where the first is about to."""
+    _, back_n = np.unique(schedule.other_S[::-1], return_index=True)
+    last_step_n = len(schedule.other_S) - 1 - back_n  # rises with n, as the last key block of a query block does
+    oldest_S = np.searchsorted(last_step_n, np.arange(len(schedule.other_S)))
+    return oldest_S.astype(np.int32), np.maximum.accumulate(schedule.other_S)
+
+
 def _outer_bounds(first_BT: jax.Array, last_BT: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """Earliest first and latest last key of each block of queries, [B, blocks]."""
     first_BnS, last_BnS = (x_BT.reshape(len(x_BT), -1, block) for x_BT in (first_BT, last_BT))
