@@ -2,11 +2,12 @@
 
 python -m experiments.suites.tpu_programs v5p ours 32768 512 512 128 DIR
 
-Chip, contender (or splash), length, window (0: none), block, chunk (of ours), folder.
+Chip, contender (of CONTENDERS), length, window (0: none), block, chunk (of ours), folder.
 
 A process of its own: the compiler reads its environment once.
 """
 
+import functools
 import os
 import pathlib
 import sys
@@ -26,7 +27,7 @@ def main(kind: str, contender: str, length: int, window: int, block: int, chunk:
 
     jax.config.update("jax_enable_compilation_cache", False)
     sharding = on_one_device(tpu_topology(kind))
-    attend, shape = {"ours": _ours, "splash": _splash}[contender](length, window, block, chunk)
+    attend, shape = CONTENDERS[contender](length, window, block, chunk)
 
     def loss(*inputs):
         return jnp.sum(jnp.square(attend(*inputs).astype(jnp.float32)))
@@ -52,10 +53,13 @@ def _ours(length: int, window: int, block: int, chunk: int):
     return attend, (1, length, 1, WIDTH)
 
 
-def _splash(length: int, window: int, block: int, _: int):
+def _splash(length: int, window: int, block: int, _: int, one_backward: bool = False):
     from experiments.peers.splash_attention import make_attention
 
-    return make_attention(length, window, block), (1, length, WIDTH)
+    return make_attention(length, window, block, one_backward=one_backward), (1, length, WIDTH)
+
+
+CONTENDERS = {"ours": _ours, "splash": _splash, "splash, fused": functools.partial(_splash, one_backward=True)}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ def compiled(kind: str, *cases: str, script: pathlib.Path = SCRIPT) -> dict[str,
 
 
 LENGTHS = (4096, 32768, 131072)
-MORE = {"v5p": ("4096,192,128,512", "131072,192,128,512"), "v6e": ("32768,192,128,512", "32768,128,128,4096")}
+MORE = {  # gradients of all 16,384 queries of two heads, 192 wide, just fit the chip; of 131,072 they do not
+    "v5p": ("4096,192,128,512", "16384,192,128,0"),
+    "v6e": ("32768,192,128,4096", "16384,192,128,0", "131072,192,128,0"),
+}
 
 
 @pytest.mark.parametrize("kind", MORE)
@@ -35,7 +38,7 @@ def test_kernels_compile_at_every_length_without_a_temporary_of_its_square(kind)
     found = compiled(kind, *(f"{T},128,128,512" for T in LENGTHS), *MORE[kind])
     for case, line in found.items():
         T = int(case.split(",")[0])
-        assert line["kernels"] == 3, case  # forward, dq, dk with dv
+        assert line["kernels"] == (3 if case == "131072,192,128,0" else 2), case
         # Copies of the inputs, heads first, and rows of numbers: a byte for each pair of tokens would be T².
         assert line["temporary"] < 8 * T * 4 * 256, (case, line["temporary"])
     flops = [found[f"{T},128,128,512"]["flops"] for T in LENGTHS]
@@ -44,9 +47,9 @@ def test_kernels_compile_at_every_length_without_a_temporary_of_its_square(kind)
 
 def test_small_and_odd_shapes_compile():
     """As tests and small models have them: widths below the lanes, rows below a block, float32, a soft-cap."""
-    cases = ("2,24,16,0", "300,24,16,90", "1024,64,64,128,float32", "1024,192,128,0,float32", "1024,64,64,100,bfloat16")
-    assert all(line["kernels"] == 3 for line in compiled("v5e", *cases).values())
+    cases = ("2,24,16,0", "300,24,16,90", "1024,64,64,128,float32", "4096,256,256,0,float32", "1024,64,64,100,bfloat16")
+    assert all(line["kernels"] == 2 for line in compiled("v5e", *cases).values())
 
 
 def test_kernels_compile_for_a_tpu7x_and_without_a_window():
-    assert all(line["kernels"] == 3 for line in compiled("tpu7x", "4096,128,128,512", "4096,192,128,0").values())
+    assert all(line["kernels"] == 2 for line in compiled("tpu7x", "4096,128,128,512", "4096,192,128,0").values())

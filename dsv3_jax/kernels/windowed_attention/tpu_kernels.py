@@ -6,6 +6,7 @@ need no exchange between lanes. The output and the gradients of queries are accu
 for each query block.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -20,6 +21,7 @@ from jax.experimental import pallas as pl
 from dsv3_jax.kernels.windowed_attention.intervals import LOWER, MASKED, UPPER, WHOLE
 
 LOWEST = -1e30  # where running maxima begin
+AHEAD = 3  # pieces whose products are issued before a piece is worked on (docs/results/tpu_static.md)
 HIDDEN = -2e30  # the score of a key that is not seen: its exponential is 0 beside LOWEST too
 
 
@@ -84,13 +86,13 @@ def _pieces(settings: Settings, kind: int) -> list[_Piece]:
 
 
 def _ahead(settings: Settings, kind: int, issue: Any) -> Iterator[tuple[_Piece, Any]]:
-    """(piece, issue(piece)) for each piece of a pair of blocks, each issued before the one before it is worked on, so
+    """(piece, issue(piece)) for each piece of a pair of blocks, each issued before those before it are worked on, so
     that the matrix unit is busy while the vector unit exponentiates."""
     pieces = _pieces(settings, kind)
-    following = issue(pieces[0])
-    for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
-        issued, following = following, None if after is None else issue(after)
-        yield piece, issued
+    issued = collections.deque(map(issue, pieces[:AHEAD]))
+    for index, piece in enumerate(pieces):
+        issued.extend(map(issue, pieces[index + AHEAD : index + AHEAD + 1]))
+        yield piece, issued.popleft()
 
 
 def _hidden(piece: _Piece, first_ref: Any, last_ref: Any, start: Any) -> jax.Array:
