@@ -26,6 +26,7 @@ def main(line: Line) -> None:
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # kernels would name files and lines, and so would the key
     jax.default_backend = lambda: "tpu"  # or kernels would be interpreted
     folder = cache_folder() / "long_context"
     folder.mkdir(parents=True, exist_ok=True)
