@@ -40,7 +40,8 @@ def table(config_path: str | None) -> tuple[list[dict[str, Any]], list[str]]:
                 print(f"compiling {contender} for {problem}", file=sys.stderr, flush=True)
                 found = _compiled(kind, contender, window, block)
                 if "dq" in CONTENDERS[contender]:
-                    found.append({"pass": "backward", "bundles · trips": sum(row["bundles · trips"] for row in found[1:])})
+                    both = sum(row["bundles · trips"] for row in found[1:])
+                    found.append({"pass": "backward", "bundles · trips": both})
                 for row in found:
                     totals[contender, row["pass"]] = row["bundles · trips"]
                     rows.append(problem | {"contender": contender} | row)

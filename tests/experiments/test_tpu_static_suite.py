@@ -65,7 +65,13 @@ def test_every_contender_is_compiled_and_counted(monkeypatch):
             assert len(bodies) == (4 if row["contender"] == "ours" else 1) and min(bodies) > 50
             # 8 query blocks; 3 key blocks each, but for the first two
             assert 21 * min(bodies) < row["bundles · trips"] < 24 * (max(bodies) + row["around it"] + row["an owner"])
-        assert row.get("of splash", 1) == 1 or row["contender"] != "splash"
+    total = {(row["contender"], row["pass"]): row["bundles · trips"] for row in rows}
+    assert total["splash", "backward"] == total["splash", "dq"] + total["splash", "dk and dv"]
+    for row in rows:
+        if row["pass"] in ("forward", "backward"):
+            assert row["of splash"] == row["bundles · trips"] / total["splash", row["pass"]]
+        else:
+            assert "of splash" not in row
 
 
 @pytest.mark.quick

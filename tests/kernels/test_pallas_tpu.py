@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax import config as c
 from dsv3_jax.kernels.windowed_attention import api, windowed_attention
@@ -18,11 +19,14 @@ from dsv3_jax.kernels.windowed_attention.intervals import (
     UPPER,
     WHOLE,
     block_pairs,
+    schedule_by_key,
     schedule_by_query,
+    under_way,
     visible_interval,
 )
-from dsv3_jax.kernels.windowed_attention.pallas_tpu import WAITING, Blocks, block_sizes, tpu_attention
+from dsv3_jax.kernels.windowed_attention.pallas_tpu import WAITING, Blocks, _Specs, block_sizes, tpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
+from dsv3_jax.kernels.windowed_attention.tpu_kernels import Settings
 from dsv3_jax.ops.patterns import Place
 from dsv3_jax.sharding import make_mesh
 from tests.conftest import assert_close, fresh_key
@@ -57,7 +61,7 @@ def test_steps_of_the_grids_grow_with_the_window():
     assert steps(c.Windowed(512), 16384) == [(1, 4, 63, 1), (1, 2, 63, 2)]
     assert steps(c.Windowed(512), 16384, waiting=0) == [(1, 4, 63, 1), (1, 2, 63, 2), (1, 4, 63, 1)]
     assert steps(c.Full(), 8192) == [(1, 4, 136, 1), (1, 2, 136, 2)]
-    assert len(steps(c.Full(), 65536)) == 3  # what waits would take 32 MiB a query head
+    assert len(steps(c.Full(), 65536)) == 3  # what waits would take 32 MiB for each of two query heads
 
 
 def attend(blocks, place, pattern, q, k, v, **options):
@@ -108,20 +112,26 @@ LONG = [
 ]
 
 
-IN_TIME = [pytest.param(*case, marks=() if case in (LONG[0], LONG[2]) else pytest.mark.slow) for case in LONG]
+FAST = [(c.Full(), WAITING), (c.Windowed(256), 0), (c.Windowed(160), WAITING)]  # the last: four query blocks wait
+IN_TIME = [
+    pytest.param(*case, marks=() if (case[0], case[-1]) in FAST and case[2] is None else pytest.mark.slow)
+    for case in LONG
+]
 
 
-@pytest.mark.parametrize(("pattern", "causal", "softcap", "blocks", "occur", "waiting"), IN_TIME, ids=str)
-def test_many_blocks_of_every_kind_agree_with_the_oracle(pattern, causal, softcap, blocks, occur, waiting):
-    """A row of three documents and padding, a row of one; four query heads of two key heads."""
+def documents():
+    """A row of three documents and padding, a row of one; 700 tokens each."""
     T, lengths = 700, (330, 40, 310)
     segments = np.concatenate([*(np.full(n, i + 1) for i, n in enumerate(lengths)), np.zeros(T - sum(lengths))])
     positions = np.concatenate([np.arange(n) for n in (*lengths, T - sum(lengths))])
-    place = Place(
-        *(jnp.asarray(np.stack([x, y]), jnp.int32) for x, y in ((positions, np.arange(T)), (segments, np.ones(T))))
-    )
-    assert kinds(pattern, causal, place, blocks) >= occur
-    q, k, v = draw(3, 2, T, 4, 2, 24, 16)
+    rows = ((positions, np.arange(T)), (segments, np.ones(T)))
+    return Place(*(jnp.asarray(np.stack([x, y]), jnp.int32) for x, y in rows))
+
+
+def assert_agrees_with_the_oracle(pattern, causal, softcap, **options):
+    """Four query heads of two key heads."""
+    place = documents()
+    q, k, v = draw(3, *place.position_BT.shape, 4, 2, 24, 16)
 
     def both(attend):
         def total(q, k, v):
@@ -130,9 +140,51 @@ def test_many_blocks_of_every_kind_agree_with_the_oracle(pattern, causal, softca
 
         return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
-    actual, expected = both(functools.partial(tpu_attention, blocks=blocks, waiting=waiting)), both(pattern_attention)
+    actual, expected = both(functools.partial(tpu_attention, **options)), both(pattern_attention)
     assert_close(*(jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), r) for r in (actual, expected)), 3e-5)
     np.testing.assert_array_equal(jnp.isneginf(actual[1][1]), jnp.isneginf(expected[1][1]))
+
+
+@pytest.mark.parametrize(("pattern", "causal", "softcap", "blocks", "occur", "waiting"), IN_TIME, ids=str)
+def test_many_blocks_of_every_kind_agree_with_the_oracle(pattern, causal, softcap, blocks, occur, waiting):
+    assert kinds(pattern, causal, documents(), blocks) >= occur
+    assert_agrees_with_the_oracle(pattern, causal, softcap, blocks=blocks, waiting=waiting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("waiting", [WAITING, 0])
+def test_blocks_are_on_the_chip_when_they_are_read_and_are_written_when_they_are_complete(waiting):
+    """In the interpreter that models memories and copies: it reads NaN where nothing was copied, and finds races."""
+    interpret = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+    options = {"blocks": Blocks(128, 128, 128), "waiting": waiting, "interpret": interpret}
+    assert_agrees_with_the_oracle(c.Windowed(400), True, None, **options)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("pattern", "causal"), [(c.Windowed(400), True), (c.Windowed(160), False), (c.Full(), True)])
+def test_gradients_of_queries_are_written_once(pattern, causal):
+    """Memory is written when the index of the block on the chip changes, with what that block holds then."""
+    S, T, group, key_heads = 128, 1024, 3, 2
+    first_BT, last_BT = visible_interval(pattern, causal, whole_row(1, T))
+    schedule = schedule_by_key(block_pairs(pattern, causal, T, S, S), first_BT, last_BT, S, S, S)
+    oldest_S, newest_S = under_way(schedule)
+    settings = Settings(1.0, None, S, S, S, np.empty(0), 0, True)
+    index = _Specs(settings, schedule, group, by_key=True).completed(64).index_map
+    visits = [
+        (head, step, member, tuple(int(x) for x in index(0, head, step, member, *[None] * 4, oldest_S, newest_S)))
+        for head in range(key_heads)
+        for step in range(len(oldest_S))
+        for member in range(group)
+    ]
+    written = [
+        (visit, head * group + member, schedule.other_S[step], step)
+        for (head, step, member, visit), (*_, following) in zip(visits, [*visits[1:], (None,)], strict=True)
+        if visit != following
+    ]
+    assert len(written) == key_heads * group * T // S == len({visit for visit, *_ in written})
+    for (_, head, block, _), of_head, of_block, step in written:  # by the member and the step that complete it
+        assert (head, block) == (of_head, of_block)
+        assert block not in schedule.other_S[step + 1 :]
 
 
 @pytest.mark.quick

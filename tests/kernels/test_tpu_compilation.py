@@ -27,9 +27,9 @@ def compiled(kind: str, *cases: str, script: pathlib.Path = SCRIPT) -> dict[str,
 
 
 LENGTHS = (4096, 32768, 131072)
-MORE = {  # gradients of all 16,384 queries of two heads, 192 wide, just fit the chip; of 131,072 they do not
-    "v5p": ("4096,192,128,512", "16384,192,128,0"),
-    "v6e": ("32768,192,128,4096", "16384,192,128,0", "131072,192,128,0"),
+MORE = {  # gradients of all 26,624 queries of two heads, 192 wide, just fit the chip; of 131,072 they do not
+    "v5p": ("4096,192,128,512", "26624,192,128,0,bfloat16", "4096,256,256,0,bfloat16"),
+    "v6e": ("32768,192,128,4096", "26624,192,128,0", "131072,192,128,0"),
 }
 
 

@@ -33,14 +33,15 @@ from dsv3_jax.kernels.windowed_attention.tpu_kernels import (
     dkv_kernel,
     dq_kernel,
     forward_kernel,
+    rises,
 )
 from dsv3_jax.ops.patterns import reach
 
 LANES = 128
-LARGEST_BLOCK = 2**19  # bytes of keys or values: of six such blocks, twice each, the kernels' memory is full
-SCALAR_MEMORY = 2**20  # bytes, of every TPU so far
-WAITING = 24 * 2**20  # bytes of gradients of queries that may wait on the chip: those of 32,768 queries 192 wide
-MEMORY = 16 * 2**20  # bytes on the chip for all else, what kernels may use if nothing is said
+LARGEST_BLOCK = 2**19  # bytes of keys or values: eight such blocks, twice each, their sums and scores fill `MEMORY`
+SCALAR_MEMORY = int(0.9 * 2**20)  # bytes for plans, of the 1 MiB of every TPU so far
+WAITING = 40 * 2**20  # bytes of gradients of queries that may wait on the chip: those of 54,000 queries 192 wide
+MEMORY = 20 * 2**20  # bytes on the chip for all else; both together fit a v5p and every later TPU
 
 
 class Blocks(NamedTuple):
@@ -98,8 +99,7 @@ class _Specs:
         """[block, width] of [B, heads, T, width], of the queries that are complete next, while keys own."""
 
         def index(b, h, s, j, owner_ref, other_ref, fetch_ref, kind_ref, oldest_ref, newest_ref):
-            step = jnp.minimum(s + 1, self.num_steps - 1)
-            now = (s == self.num_steps - 1) | (oldest_ref[step] != oldest_ref[s])
+            now = rises(oldest_ref, self.num_steps, s + 1)  # for each member in turn; until then it is the first one's
             return b, h * self._group + jnp.where(now, j, 0), oldest_ref[s], 0
 
         return pl.BlockSpec((None, None, self._block(True), width), index)
@@ -113,18 +113,27 @@ class _Specs:
         return pl.BlockSpec((None, 1, self._block(True)), index)
 
 
+def _plan(schedule: Schedule, *more: np.ndarray) -> tuple[Any, ...]:
+    """What kernels prefetch."""
+    return schedule.owner_S, schedule.other_S, schedule.fetch_BS.reshape(-1), schedule.kind_BS.reshape(-1), *more
+
+
+def _scalar_bytes(plan: tuple[Any, ...]) -> int:
+    return sum(x.size for x in plan) * 4
+
+
 def _call(
-    kernel: Any, specs: _Specs, schedule: Schedule, heads: int, inputs: Any, outputs: Any, scratch: Any, flops: int,
-    more: tuple[np.ndarray, ...] = (), waiting: int = 0,
+    kernel: Any, specs: _Specs, plan: tuple[Any, ...], heads: int, inputs: Any, outputs: Any, scratch: Any, flops: int,
+    waiting: int = 0,
 ):  # fmt: skip
     """Runs a kernel over the grid (B, heads, steps, members).
 
     inputs: (array, spec) of each. outputs: (shape, dtype, spec) of each. scratch: shapes, float32. flops: of one step.
-    more: scalars of each step, beside the schedule's. waiting: bytes of `scratch` that `MEMORY` does not hold.
+    plan: of `_plan`. waiting: bytes of `scratch` that `MEMORY` does not hold.
     """
-    settings, (B, num_steps) = specs.settings, schedule.kind_BS.shape
-    plan = (schedule.owner_S, schedule.other_S, schedule.fetch_BS.reshape(-1), schedule.kind_BS.reshape(-1), *more)
-    if (needed := sum(x.size for x in plan) * 4) > SCALAR_MEMORY * 0.9:
+    settings, num_steps = specs.settings, specs.num_steps
+    B, needed = len(inputs[0][0]), _scalar_bytes(plan)
+    if needed > SCALAR_MEMORY:
         raise ConfigError(
             f"config.model.attention.implementation='pallas_tpu': the schedule of {B} rows a device with {num_steps} "
             f"steps needs {needed:,} bytes of scalar memory, a TPU has {SCALAR_MEMORY:,}; use fewer rows a device, a "
@@ -146,11 +155,11 @@ def _call(
         grid_spec=grid_spec,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=MEMORY + waiting if waiting else None,
+            vmem_limit_bytes=MEMORY + waiting,
         ),
         cost_estimate=pl.CostEstimate(steps * flops, steps * pair, steps * loaded + written),
         interpret=settings.interpret,
-        name=kernel.__name__.strip("_"),
+        name=kernel.__name__,
     )
     return run(*plan, *(x for x, _ in inputs))
 
@@ -164,7 +173,7 @@ def _run_forward(settings: Settings, q_BHTN, k_BGTN, v_BGTM, first_BT, last_BT) 
     return _call(
         forward_kernel,
         specs,
-        schedule,
+        _plan(schedule),
         H,
         [
             (q_BHTN, specs.rows(True, N)),
@@ -210,31 +219,30 @@ def _run_backward(settings: Settings, saved: Any, cotangents: Any):
     kt_BGNT, scratch = jnp.swapaxes(k_BGTN, 2, 3), [(K, N), (K, M)]
     of_keys = [((B, G, T, N), k_BGTN.dtype, specs.rows(False, N)), ((B, G, T, M), v_BGTM.dtype, specs.rows(False, M))]
     oldest_S, newest_S = under_way(by_key)
-    slots = int(np.max(newest_S - oldest_S)) + 1
-    waiting = group * slots * N * S * 4
-    if waiting <= settings.waiting:
+    slots, plan = int(np.max(newest_S - oldest_S)) + 1, _plan(by_key, oldest_S, newest_S)
+    needed = group * slots * N * S * 4
+    if needed <= settings.waiting and _scalar_bytes(plan) <= SCALAR_MEMORY:
         dq_BHTN, dk_BGTN, dv_BGTM = _call(
             backward_kernel,
             specs,
-            by_key,
+            plan,
             G,
             inputs(specs, (kt_BGNT, specs.columns(False, N))),
             [((B, H, T, N), q_BHTN.dtype, specs.completed(N)), *of_keys],
             [(group, slots, N, S), *scratch],
             2 * S * K * (3 * N + 2 * M),
-            (oldest_S, newest_S),
-            waiting,
+            waiting=needed,
         )
         return dq_BHTN, dk_BGTN, dv_BGTM, None, None
     dk_BGTN, dv_BGTM = _call(
-        dkv_kernel, specs, by_key, G, inputs(specs), of_keys, scratch, 2 * S * K * (2 * N + 2 * M)
+        dkv_kernel, specs, _plan(by_key), G, inputs(specs), of_keys, scratch, 2 * S * K * (2 * N + 2 * M)
     )
     by_query = schedule_by_query(pairs, first_BT, last_BT, S, K, settings.chunk)
     specs = _Specs(settings, by_query, group, by_key=False)
     (dq_BHTN,) = _call(
         dq_kernel,
         specs,
-        by_query,
+        _plan(by_query),
         H,
         inputs(specs, (kt_BGNT, specs.columns(False, N))),
         [((B, H, T, N), q_BHTN.dtype, specs.rows(True, N))],
@@ -262,8 +270,8 @@ def block_sizes(pattern: LayerPattern, length: int, width_bytes: int = 256) -> B
     `width_bytes`: of a key or a value, the wider one.
 
     By the bundles that the compiler schedules, times trips, for v5p and v6e (docs/results/tpu_static.md). With a window
-    of 512, blocks of 512 take two thirds of what blocks of 256 take; with 4096, blocks of 1024 three quarters to nine
-    tenths of what blocks of 512 take. Chunks of 256 are no better, but for the dq kernel on v6e, by a tenth.
+    of 512, blocks of 512 take two thirds of what blocks of 256 take; with 4096, blocks of 1024 eight to nine tenths of
+    what blocks of 512 take. Chunks of 256 are no better.
     """
     bound = reach(pattern)
     size = 1024 if bound is None else min(1024, max(256, 1 << bound.bit_length()))
@@ -275,7 +283,7 @@ def block_sizes(pattern: LayerPattern, length: int, width_bytes: int = 256) -> B
 
 
 def tpu_attention(
-    call: Call, *, blocks: Blocks | None = None, waiting: int = WAITING, interpret: bool | None = None
+    call: Call, *, blocks: Blocks | None = None, waiting: int = WAITING, interpret: Any = None
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.windowed_attention`.
 
@@ -283,7 +291,8 @@ def tpu_attention(
       blocks: multiples of 128; by default `block_sizes`.
       waiting: how many bytes of gradients of queries may wait on the chip; where they need more, the backward pass
         takes two kernels.
-      interpret: runs the kernels without a TPU, slowly; by default wherever there is none.
+      interpret: runs the kernels without a TPU, slowly; by default wherever there is none. True, or Pallas's
+        `InterpretParams`, which model copies to and from the chip too.
     """
 
     def local(call: Call):

@@ -36,7 +36,7 @@ class Settings:
     chunk: int  # keys that are worked on at a time
     pairs_S2: np.ndarray  # of blocks
     waiting: int  # bytes of gradients of queries that may wait on the chip
-    interpret: bool
+    interpret: Any  # as `pl.pallas_call` takes it
 
     @property
     def exponent(self) -> float:
@@ -103,9 +103,8 @@ def _hidden(piece: _Piece, first_ref: Any, last_ref: Any, start: Any) -> jax.Arr
     return (key_KS < first_1S) | (key_KS > last_1S)
 
 
-def _rises(block_ref: Any, num_steps: int, after: int) -> Any:
-    """Whether a row of blocks rises before this step, or after it; both ends count."""
-    step = pl.program_id(2) + after
+def rises(block_ref: Any, num_steps: int, step: Any) -> Any:
+    """Whether a row of blocks, one a step, rises from the step before to this one; at both ends it does."""
     before, here = block_ref[jnp.maximum(step - 1, 0)], block_ref[jnp.minimum(step, num_steps - 1)]
     return (step == 0) | (step == num_steps) | (before != here)
 
@@ -114,8 +113,8 @@ def _at(schedule_refs: Any, num_steps: int) -> tuple[Any, Any, Any, Any, Any]:
     """Of this step: owner, other block, kind, and whether it is the first and the last of its owner."""
     owner_ref, other_ref, _, kind_ref = schedule_refs
     batch, step, member = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    first = _rises(owner_ref, num_steps, 0) & (member == 0)
-    last = _rises(owner_ref, num_steps, 1) & (member == pl.num_programs(3) - 1)
+    first = rises(owner_ref, num_steps, step) & (member == 0)
+    last = rises(owner_ref, num_steps, step + 1) & (member == pl.num_programs(3) - 1)
     return owner_ref[step], other_ref[step], kind_ref[batch * num_steps + step], first, last
 
 
@@ -130,6 +129,7 @@ def forward_kernel(
     settings: Settings, num_steps: int, owner_ref, other_ref, fetch_ref, kind_ref,
     q_ref, k_ref, vt_ref, first_ref, last_ref, out_ref, lse_ref, peak_ref, total_ref, acc_ref,
 ):  # fmt: skip
+    """out [S, M] and log-sum-exp [1, S] of a query block, which owns its steps."""
     _, key_block, kind, is_first, is_last = _at((owner_ref, other_ref, fetch_ref, kind_ref), num_steps)
 
     @pl.when(is_first)
@@ -191,6 +191,7 @@ def dq_kernel(
     settings: Settings, num_steps: int, owner_ref, other_ref, fetch_ref, kind_ref,
     q_ref, k_ref, kt_ref, v_ref, first_ref, last_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_ref,
 ):  # fmt: skip
+    """dq [S, N] of a query block, which owns its steps."""
     _, key_block, kind, is_first, is_last = _at((owner_ref, other_ref, fetch_ref, kind_ref), num_steps)
     refs = q_ref, k_ref, v_ref, first_ref, last_ref, dout_ref, lse_ref, delta_ref
 
@@ -209,64 +210,58 @@ def dq_kernel(
         dq_ref[...] = jnp.transpose(acc_ref[...] * settings.scale).astype(dq_ref.dtype)
 
 
-def dkv_kernel(
-    settings: Settings, num_steps: int, owner_ref, other_ref, fetch_ref, kind_ref,
-    q_ref, k_ref, v_ref, first_ref, last_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, dk_acc_ref, dv_acc_ref,
-):  # fmt: skip
-    key_block, _, kind, is_first, is_last = _at((owner_ref, other_ref, fetch_ref, kind_ref), num_steps)
-    refs = q_ref, k_ref, v_ref, first_ref, last_ref, dout_ref, lse_ref, delta_ref
-
-    @pl.when(is_first)
-    def _():
-        dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
-        dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
-
-    def body(kind: int) -> None:
-        for piece, weights_KS, dscores_KS in _gradients(settings, kind, key_block * settings.k_block, *refs):
-            dv_acc_ref[piece.keys] += _product(weights_KS.astype(dout_ref.dtype), dout_ref[piece.queries], (1, 0))
-            dk_acc_ref[piece.keys] += _product(dscores_KS.astype(q_ref.dtype), q_ref[piece.queries], (1, 0))
-
-    _on_kind(settings, kind, body)
-
-    @pl.when(is_last)
-    def _():
-        dk_ref[...] = (dk_acc_ref[...] * settings.scale).astype(dk_ref.dtype)
-        dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
-
-
 def backward_kernel(
     settings: Settings, num_steps: int, owner_ref, other_ref, fetch_ref, kind_ref, oldest_ref, newest_ref,
     q_ref, k_ref, kt_ref, v_ref, first_ref, last_ref, dout_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref,
     dq_acc_ref, dk_acc_ref, dv_acc_ref,
 ):  # fmt: skip
-    """`dkv_kernel` that adds up dq too. dq_acc [members, slots, N, S] holds the query blocks that are under way."""
+    """All gradients, key blocks own. dq_acc [members, slots, N, S] holds the query blocks that are under way
+    (`intervals.under_way`)."""
     key_block, q_block, kind, is_first, is_last = _at((owner_ref, other_ref, fetch_ref, kind_ref), num_steps)
-    refs = q_ref, k_ref, v_ref, first_ref, last_ref, dout_ref, lse_ref, delta_ref
-    sum_ref = dq_acc_ref.at[pl.program_id(3), jax.lax.rem(q_block, dq_acc_ref.shape[1])]
+    refs, step = (q_ref, k_ref, v_ref, first_ref, last_ref, dout_ref, lse_ref, delta_ref), pl.program_id(2)
+    sum_ref: Any = None
 
     @pl.when(is_first)
     def _():
         dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
         dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
 
-    @pl.when(_rises(newest_ref, num_steps, 0))
-    def _():
-        sum_ref[...] = jnp.zeros_like(sum_ref)
+    if dq_ref is not None:
+        sum_ref = dq_acc_ref.at[pl.program_id(3), jax.lax.rem(q_block, dq_acc_ref.shape[1])]
+
+        @pl.when(rises(newest_ref, num_steps, step))
+        def _():
+            sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def body(kind: int) -> None:
         for piece, weights_KS, dscores_KS in _gradients(settings, kind, key_block * settings.k_block, *refs):
             dscores_KS = dscores_KS.astype(q_ref.dtype)
             dv_acc_ref[piece.keys] += _product(weights_KS.astype(dout_ref.dtype), dout_ref[piece.queries], (1, 0))
             dk_acc_ref[piece.keys] += _product(dscores_KS, q_ref[piece.queries], (1, 0))
-            sum_ref[:, piece.queries] += _product(kt_ref[:, piece.keys], dscores_KS, (1, 0))
+            if dq_ref is not None:
+                sum_ref[:, piece.queries] += _product(kt_ref[:, piece.keys], dscores_KS, (1, 0))
 
     _on_kind(settings, kind, body)
 
-    @pl.when(_rises(oldest_ref, num_steps, 1))
-    def _():
-        dq_ref[...] = jnp.transpose(sum_ref[...] * settings.scale).astype(dq_ref.dtype)
+    if dq_ref is not None:
+
+        @pl.when(rises(oldest_ref, num_steps, step + 1))
+        def _():
+            dq_ref[...] = jnp.transpose(sum_ref[...] * settings.scale).astype(dq_ref.dtype)
 
     @pl.when(is_last)
     def _():
         dk_ref[...] = (dk_acc_ref[...] * settings.scale).astype(dk_ref.dtype)
         dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
+
+
+def dkv_kernel(
+    settings: Settings, num_steps: int, owner_ref, other_ref, fetch_ref, kind_ref,
+    q_ref, k_ref, v_ref, first_ref, last_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, dk_acc_ref, dv_acc_ref,
+):  # fmt: skip
+    """`backward_kernel` without gradients of queries."""
+    backward_kernel(
+        settings, num_steps, owner_ref, other_ref, fetch_ref, kind_ref, None, None,
+        q_ref, k_ref, None, v_ref, first_ref, last_ref, dout_ref, lse_ref, delta_ref, None, dk_ref, dv_ref,
+        None, dk_acc_ref, dv_acc_ref,
+    )  # fmt: skip
