@@ -19,7 +19,7 @@ from dsv3_jax import config as c
 
 KIND, CHIPS = "v5p", 4  # of the model, split over heads, units and vocabulary; a layer is on one chip
 LENGTHS = (8192, 20480, 32768, 40960, 131072)
-SECONDS = 900  # a process, of one pattern at every length, may take so long
+SECONDS = 3600  # a process, of one pattern at every length, may take so long
 
 
 class Contender(NamedTuple):
