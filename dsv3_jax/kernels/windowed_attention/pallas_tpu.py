@@ -136,8 +136,8 @@ def _call(
     if needed > SCALAR_MEMORY:
         raise ConfigError(
             f"config.model.attention.implementation='pallas_tpu': the schedule of {B} rows a device with {num_steps} "
-            f"steps needs {needed:,} bytes of scalar memory, a TPU has {SCALAR_MEMORY:,}; use fewer rows a device, a "
-            "shorter sequence, a window, or implementation='blocked'"
+            f"steps needs {needed:,} bytes of scalar memory, of which it may take {SCALAR_MEMORY:,}; use fewer rows a "
+            "device, a shorter sequence, a window, or implementation='blocked'"
         )
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(plan),

@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from dsv3_jax.kernels.windowed_attention.intervals import LOWER, MASKED, UPPER, WHOLE
 
 LOWEST = -1e30  # where running maxima begin
-AHEAD = 3  # pieces whose products are issued before a piece is worked on (docs/results/tpu_static.md)
 HIDDEN = -2e30  # the score of a key that is not seen: its exponential is 0 beside LOWEST too
+AHEAD = 3  # pieces whose products are issued before a piece is worked on (docs/results/tpu_static.md)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: one a call
