@@ -28,7 +28,9 @@ PATTERNS = [
 BIDIRECTIONAL = [*PATTERNS, c.Windowed(6, global_fractions=(0.0, 0.5, 1.0), global_positions=(0, 4))]
 CASES = [(p, True) for p in PATTERNS] + [(p, False) for p in BIDIRECTIONAL]
 B, T, H, G, N, M = 4, 70, 4, 2, 8, 6
-FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+FAST = [
+    name for name in IMPLEMENTATIONS if name not in ("reference", "cudnn")
+]  # which takes few of the cases: test_cudnn
 
 
 def inputs(dtype=jnp.float32, length=T):
@@ -108,7 +110,7 @@ def test_the_gate_is_trained_through_what_it_lets_through():
     gradients, _ = attend_and_differentiate("blocked", unpacked(), c.LearnedGlobal(8, 8, 3), True, None)
     dgate = np.asarray(gradients[3])
     assert np.count_nonzero(dgate) >= B * 3  # at least the best keys of the last block
-    assert np.all(dgate[:, -8:] == 0)  # nobody comes after the last block
+    assert np.all(dgate[:, T // 8 * 8 :] == 0)  # nobody comes after the last block
 
 
 def test_a_window_at_run_time_is_the_window_of_the_config_without_another_compilation():
@@ -204,7 +206,7 @@ def test_memory_is_linear_in_length_for_a_window():
 
 def test_errors_say_what_does_not_fit():
     q, k, v = inputs()
-    with pytest.raises(c.ConfigError, match="must be one of blocked, pallas_gpu, pallas_tpu, reference"):
+    with pytest.raises(c.ConfigError, match="must be one of blocked, cudnn, pallas_gpu, pallas_tpu, reference"):
         windowed_attention(q, k, v, pattern=c.Full(), scale=1.0, implementation="flash")
     with pytest.raises(ValueError, match="not a multiple of"):
         windowed_attention(q[:, :, :3], k, v, pattern=c.Full(), scale=1.0)
