@@ -125,13 +125,21 @@ def test_patterns_that_cannot_be_are_refused(pattern, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"implementation": "flash"}, "none or one of blocked, pallas_gpu, pallas_tpu, reference with the pattern"),
+        (
+            {"implementation": "flash"},
+            "none or one of blocked, cudnn, pallas_gpu, pallas_tpu, reference with the pattern",
+        ),
         ({"implementation": "blocked", "pattern": c.Sparse(8, 4, 16)}, "none or one of chunked, reference"),
         ({"rope_scaling": c.Llama3Scaling(8.0, 64, 4.0, 4.0)}, "must be above low_factor=4.0"),
         ({"rope_scaling": c.Yarn(8.0, 0)}, "original_length=0: must be at least 1"),
         ({"rope_scaling": c.Yarn(8.0, 64, 1.0, 32.0)}, "must be above beta_slow"),
         ({"rope_scaling": c.LinearScaling(0.5)}, "factor=0.5: must be at least 1"),
         ({"softcap": 0.0}, "must be positive or none"),
+        ({"implementation": "cudnn"}, "it knows the pattern full and, under causality, sliding windows without global"),
+        ({"implementation": "cudnn", "pattern": c.Windowed(8, stride=4)}, "without global tokens; use another one"),
+        ({"implementation": "cudnn", "pattern": c.Windowed(8), "causal": False}, "under causality, sliding windows"),
+        ({"implementation": "cudnn", "pattern": c.Full(), "sinks": True}, "no gradient through the log-sum-exp"),
+        ({"implementation": "cudnn", "pattern": c.Full(), "softcap": 5.0}, "it has no soft-cap"),
     ],
     ids=str,
 )

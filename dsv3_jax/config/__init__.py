@@ -25,6 +25,7 @@ from dsv3_jax.config.attention import (
     TaskWindow,
     Windowed,
     Yarn,
+    cudnn_refusal,
 )
 from dsv3_jax.config.checks import ConfigError, check_types
 from dsv3_jax.config.experts import (
@@ -162,6 +163,7 @@ __all__ = [
     "Yarn",
     "apply_override",
     "check_types",
+    "cudnn_refusal",
     "differences",
     "flatten",
     "from_json",

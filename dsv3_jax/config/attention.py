@@ -176,8 +176,18 @@ class Llama3Scaling:
 RopeScaling = LinearScaling | Yarn | Llama3Scaling
 
 
-WINDOWED_KERNELS = ("blocked", "pallas_gpu", "pallas_tpu", "reference")
+WINDOWED_KERNELS = ("blocked", "cudnn", "pallas_gpu", "pallas_tpu", "reference")
 SPARSE_KERNELS = ("chunked", "reference")
+
+
+def cudnn_refusal(pattern: LayerPattern, causal: bool, softcap: float | None, sinks: bool = False) -> str | None:
+    """Why cuDNN's attention cannot be this, whatever the arrays; None if it can."""
+    slides = isinstance(pattern, Windowed) and pattern == Windowed(pattern.window) and causal
+    if not slides and not isinstance(pattern, Full):
+        return "it knows the pattern full and, under causality, sliding windows without global tokens"
+    if sinks:
+        return "it gives no gradient through the log-sum-exp, which sinks need"
+    return None if softcap is None else "it has no soft-cap"
 
 
 @dataclass

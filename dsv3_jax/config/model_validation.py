@@ -15,6 +15,7 @@ from dsv3_jax.config.attention import (
     Sparse,
     Windowed,
     Yarn,
+    cudnn_refusal,
 )
 from dsv3_jax.config.checks import check_types, require, require_one_of, require_positive
 from dsv3_jax.config.experts import (
@@ -195,6 +196,9 @@ def check_model(model: ModelConfig) -> None:
             attention.implementation,
             f"must be none or one of {', '.join(kernels)} with the pattern {pattern.kind}",
         )
+        if attention.implementation == "cudnn":
+            reason = cudnn_refusal(pattern, attention.causal, attention.softcap, attention.sinks)
+            require(reason is None, "model.attention.implementation", "cudnn", f"{reason}; use another one, or none")
         require(
             not isinstance(pattern, Sparse) or pattern.index_dim >= rotated,
             "model.attention.pattern.index_dim",

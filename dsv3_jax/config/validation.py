@@ -38,6 +38,12 @@ def validate(config: Config) -> None:
     _validate_data(config.data)
     _validate_train(config.train)
     _validate_mesh(config)
+    require(
+        config.model.attention.implementation != "cudnn" or config.data.max_segments == 1,
+        "data.max_segments",
+        config.data.max_segments,
+        "must be 1 with model.attention.implementation=cudnn, which takes one document a row",
+    )
     model, optimizer = config.model, config.train.optimizer
     require(
         not model.tie_embeddings or optimizer.base_dim == model.dim,

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from dsv3_jax import axes
 from dsv3_jax.config import LayerPattern, LearnedGlobal, ModelConfig, Sparse
+from dsv3_jax.kernels.decode_attention import IMPLEMENTATIONS as DECODE_IMPLEMENTATIONS
 from dsv3_jax.kernels.decode_attention import decode_attention
 from dsv3_jax.kernels.sparse_attention import sparse_attention
 from dsv3_jax.kernels.windowed_attention import windowed_attention
@@ -125,12 +126,12 @@ class Attention(nn.Module):
             mask_BTS &= local == (jnp.arange(layout.slots) < layout.ring)
         keys, values = stored_keys_values(self.config, cache[: len(heads.stored)])
         scale, softcap = softmax_scale(attention), attention.softcap
-        name = attention.implementation  # kernels bear the same names; plain JAX has one form here
+        name = attention.implementation  # kernels bear the same names; what has none for caches runs the oracle
         attend = functools.partial(
             decode_attention,
             scale=scale,
             softcap=softcap,
-            implementation="reference" if name in ("blocked", "chunked") else name,
+            implementation="reference" if name and name not in DECODE_IMPLEMENTATIONS else name,
         )
         if isinstance(pattern, Sparse) and pattern.stage == "sparse" and pattern.top_k < layout.slots:
             assert index is not None

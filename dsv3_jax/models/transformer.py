@@ -215,6 +215,7 @@ class Transformer(nn.Module):
                 raise ValueError("num_tokens_B goes with a cache; without one, padding has segment id 0")
             if positions_BT is None:
                 positions_BT, segment_ids_BT = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32)
+                max_segments = 1
             return make_packing(self.config, Place(positions_BT, segment_ids_BT, window_BT), max_segments)
         if positions_BT is not None:
             raise ValueError("positions and segment ids follow from the cache; give num_tokens_B for padded rows")

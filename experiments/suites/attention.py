@@ -149,7 +149,7 @@ class _Suite:
         """Its contenders, each compiled and run once; None where all of ours are left out."""
         name = f"{length}, {'no window' if window is None else f'window {window}'}"
         name += ", forward and backward" if gradients else ", forward"
-        ours, calls, memory, repeats = self._ours(name, length, window), {}, [], 1
+        ours, calls, memory, repeats = self._ours(name, length, window, inputs), {}, [], 1
         with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:  # compiles side by side
             contenders = ours | self._jax_peers(length, window)
             compiled = {who: pool.submit(_timed, attend, inputs, gradients) for who, attend in contenders.items()}
@@ -179,21 +179,27 @@ class _Suite:
                 calls[who] = call
         return Case(name, length, calls, _limits(self.sizes, self.peaks, length, window, gradients), repeats)
 
-    def _ours(self, name: str, length: int, window: int | None) -> dict[str, Callable]:
+    def _ours(self, name: str, length: int, window: int | None, inputs: tuple) -> dict[str, Callable]:
+        import jax.numpy as jnp
+
         from dsv3_jax.kernels.windowed_attention.api import default_implementation, refusal
+        from dsv3_jax.kernels.windowed_attention.call import Call
+        from dsv3_jax.ops.patterns import Place
 
         found = {"dsv3_jax": _ours(window)}
         if window is not None and self.platform == "cpu":
             found[UNLIMITED] = _ours(None)
-        widths = self.sizes.width, self.sizes.width
-        default = default_implementation(self.sizes.dtype, widths)
+        place = Place(jnp.arange(length)[None], jnp.ones((1, length), jnp.int32))
+        q_BTHN, k_BTGN, v_BTGM = inputs
+        call = Call(q_BTHN, k_BTGN, v_BTGM, place, Full() if window is None else Windowed(window), 1.0)
+        default = default_implementation(call)
         if default == "blocked" and length > self.sizes.longest_blocked:
             unlimited = "dsv3_jax" if window is None else UNLIMITED
             del found[unlimited]
             self.notes.append(f"{name}: {unlimited} left out: the program of 'blocked' grows with the row")
         kernel = f"pallas_{self.platform}"
         if self.platform in TOKAMAX and kernel != default:
-            if reason := refusal(kernel, self.sizes.dtype, widths):
+            if reason := refusal(kernel, call):
                 self.notes.append(f"{name}: {kernel} left out: {reason}")
             else:
                 found[f"dsv3_jax, {kernel}"] = _ours(window, kernel)

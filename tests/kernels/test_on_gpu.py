@@ -13,7 +13,7 @@ from dsv3_jax.kernels.grouped_matmul import grouped_experts, pick_matmul, quanti
 from dsv3_jax.kernels.windowed_attention import windowed_attention
 from dsv3_jax.ops.patterns import Place
 from tests.conftest import fresh_key
-from tests.kernels.test_pallas_gpu import place_of
+from tests.kernels.attention_calls import place_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,16 +27,18 @@ def error(actual: jax.Array, exact: jax.Array) -> float:
     return float(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30))
 
 
-def three_ways(run, arrays, fast: str, peer: str = "reference", finite=None):
+def three_ways(run, arrays, fast: str, peer: str = "reference", finite=None, repeats: bool = True):
     """run(arrays, implementation) by `fast`, twice, by `peer` in the same dtype, and by the oracle in float64.
 
-    finite: what the other two are given, where `arrays` hold what must not matter.
+    finite: what the other two are given, where `arrays` hold what must not matter. repeats: whether both runs must be
+    equal bit for bit.
     """
     given = [(arrays, fast), (arrays, fast), (finite or arrays, peer)]
     first, again, other = (
         jax.device_get(jax.jit(functools.partial(run, implementation=name))(*arrays)) for arrays, name in given
     )
-    jax.tree.map(np.testing.assert_array_equal, first, again)  # nothing depends on timing
+    if repeats:  # nothing depends on timing
+        jax.tree.map(np.testing.assert_array_equal, first, again)
     with jax.enable_x64(True):
         exact = jax.device_get(run(*(x.astype(jnp.float64) for x in finite or arrays), implementation="reference"))
     return first, other, exact
@@ -89,6 +91,25 @@ def test_attention_and_its_gradients_are_the_oracles(case):
     results = three_ways(run, (q, k, v, weight), "pallas_gpu")
     names = "out", "log-sum-exp", "sees nothing", "dq", "dk", "dv"
     assert_as_exact_as_the_oracle(names, *results, at_least=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [c.Full(), c.Windowed(100)], ids=str)
+def test_cudnns_attention_and_its_gradients_are_the_oracles(pattern):
+    shapes = (2, 600, 4, 128), (2, 600, 2, 128), (2, 600, 2, 64), (2, 600, 4, 64)
+    q, k, v, weight = (jax.random.normal(fresh_key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes))
+    place = Place(*(jnp.concatenate(x) for x in zip(place_of(600)[:2], place_of(450, padding=150)[:2], strict=True)))
+
+    def run(q, k, v, weight, implementation):
+        def attend(q, k, v):
+            return windowed_attention(
+                q, k, v, pattern=pattern, scale=0.1, place=place, max_segments=1, implementation=implementation
+            )[0]
+
+        out, back = jax.vjp(attend, q, k, v)
+        return out, *back(weight.astype(out.dtype))
+
+    results = three_ways(run, (q, k, v, weight), "cudnn", repeats=False)  # its additions may come in any order
+    assert_as_exact_as_the_oracle(("out", "dq", "dk", "dv"), *results, at_least=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["large logits", "all equal", "one key"])

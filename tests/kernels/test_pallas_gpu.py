@@ -23,14 +23,8 @@ from dsv3_jax.kernels.windowed_attention.pallas_gpu import gpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
 from dsv3_jax.ops.patterns import Place
 from tests.conftest import assert_close, fresh_key
+from tests.kernels.attention_calls import call_of, place_of
 from tests.kernels.pallas_calls import costs
-
-
-def place_of(*lengths: int, padding: int = 0) -> Place:
-    """A row of documents, and padding after them."""
-    positions = np.concatenate([np.arange(n) for n in (*lengths, padding)])
-    segments = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(padding)])
-    return Place(jnp.asarray(positions[None], jnp.int32), jnp.asarray(segments[None], jnp.int32))
 
 
 @pytest.mark.quick
@@ -145,7 +139,8 @@ def test_what_the_kernel_cannot_run_is_refused_by_name(monkeypatch):
     for width in (160, 256):  # 160 is 192 in the kernels
         with pytest.raises(c.ConfigError, match=f"'pallas_gpu': keys and values {width} and {width} wide do not fit"):
             attend(jnp.bfloat16, width)
-    assert api.refusal("pallas_gpu", jnp.bfloat16, (32, 288)) and not api.refusal("pallas_gpu", jnp.bfloat16, (160, 96))
+    assert api.refusal("pallas_gpu", call_of(jnp.bfloat16, 32, 288))
+    assert not api.refusal("pallas_gpu", call_of(jnp.bfloat16, 160, 96))
     with monkeypatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: [None] * 2)
         with pytest.raises(c.ConfigError, match="takes four threads: set XLA_FLAGS"):
@@ -156,7 +151,7 @@ def test_what_the_kernel_cannot_run_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability="8.0")])
     with pytest.raises(c.ConfigError, match=r"Hopper, compute capability 9.0; this GPU has 8.0"):
         attend(jnp.bfloat16, 64)
-    assert api.default_implementation(jnp.bfloat16, (128, 128)) == "blocked"
+    assert api.default_implementation(call_of(jnp.bfloat16)) == "blocked"
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
-    assert api.default_implementation(jnp.bfloat16, (128, 128)) == "pallas_gpu"
-    assert api.default_implementation(jnp.float32, (128, 128)) == "blocked"
+    assert api.default_implementation(call_of(jnp.bfloat16)) == "pallas_gpu"
+    assert api.default_implementation(call_of(jnp.float32)) == "blocked"

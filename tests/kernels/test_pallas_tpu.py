@@ -30,6 +30,7 @@ from dsv3_jax.kernels.windowed_attention.tpu_kernels import Settings
 from dsv3_jax.ops.patterns import Place
 from dsv3_jax.sharding import make_mesh
 from tests.conftest import assert_close, fresh_key
+from tests.kernels.attention_calls import call_of
 from tests.kernels.pallas_calls import calls
 
 
@@ -299,7 +300,7 @@ def test_float16_is_refused_by_name_and_passed_over_by_default(monkeypatch):
     q, k, v = draw(0, 1, 8, 1, 1, 8, 8, jnp.float16)
     with pytest.raises(c.ConfigError, match="implementation='pallas_tpu': TPUs have no float16; use bfloat16"):
         windowed_attention(q, k, v, pattern=c.Full(), scale=1.0, implementation="pallas_tpu")
-    assert api.default_implementation(jnp.bfloat16) == "blocked"
+    assert api.default_implementation(call_of(jnp.bfloat16)) == "blocked"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert api.default_implementation(jnp.bfloat16) == "pallas_tpu"
-    assert api.default_implementation(jnp.float16) == "blocked"
+    assert api.default_implementation(call_of(jnp.bfloat16)) == "pallas_tpu"
+    assert api.default_implementation(call_of(jnp.float16)) == "blocked"

@@ -1,7 +1,5 @@
 """Picks an implementation of attention by pattern."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +8,8 @@ from dsv3_jax.config import ConfigError, LayerPattern, LearnedGlobal, RuntimeWin
 from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.windowed_attention.blocked import blocked_attention
 from dsv3_jax.kernels.windowed_attention.call import Call
+from dsv3_jax.kernels.windowed_attention.cudnn import cudnn_attention
+from dsv3_jax.kernels.windowed_attention.cudnn import refusal as cudnn_refusal
 from dsv3_jax.kernels.windowed_attention.pallas_gpu import WIDEST, WIDEST_PRODUCT, gpu_attention, padded_widths
 from dsv3_jax.kernels.windowed_attention.pallas_tpu import tpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
@@ -18,16 +18,20 @@ from dsv3_jax.sharding import per_shard, repeat_key_heads
 
 IMPLEMENTATIONS = {
     "blocked": blocked_attention,
+    "cudnn": cudnn_attention,
     "pallas_gpu": gpu_attention,
     "pallas_tpu": tpu_attention,
     "reference": pattern_attention,
 }
 
-KERNELS = ("pallas_gpu", "pallas_tpu")  # which XLA cannot split over devices
+KERNELS = ("cudnn", "pallas_gpu", "pallas_tpu")  # which XLA cannot split over devices
 
 
-def refusal(name: str, dtype: Any, widths: tuple[int, int] = (0, 0)) -> str | None:
-    """Why an implementation cannot run inputs of this dtype, and of these widths of keys and values; None if it can."""
+def refusal(name: str, call: Call) -> str | None:
+    """Why an implementation cannot run this; None if it can. Of the arrays only shapes and dtypes are read."""
+    dtype, widths = call.q_BTHN.dtype, (call.k_BTGN.shape[-1], call.v_BTGM.shape[-1])
+    if name == "cudnn":
+        return cudnn_refusal(call)
     if name == "pallas_tpu" and dtype == jnp.float16:
         return "TPUs have no float16; use bfloat16"
     if name != "pallas_gpu":
@@ -41,10 +45,10 @@ def refusal(name: str, dtype: Any, widths: tuple[int, int] = (0, 0)) -> str | No
     return hopper.refusal(dtype)
 
 
-def default_implementation(dtype: Any, widths: tuple[int, int] = (0, 0)) -> str:
+def default_implementation(call: Call) -> str:
     """What runs where none is named: the platform's kernel if it can, else "blocked"."""
     name = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(jax.default_backend(), "blocked")
-    return "blocked" if refusal(name, dtype, widths) else name
+    return "blocked" if refusal(name, call) else name
 
 
 def windowed_attention(
@@ -69,10 +73,12 @@ def windowed_attention(
         pattern's). Default: one document.
       gate_BT: float32, for `LearnedGlobal` alone: the score by which keys are chosen.
       softcap: see `ops.attention.soft_cap`.
-      max_segments: the most documents a row may hold, where the pattern has one set of global keys for each.
+      max_segments: the most documents a row may hold, where the pattern has one set of global keys for each. 1 without
+        a `place`.
       implementation: "blocked" (plain JAX, skips blocks, memory linear in T · window but for the choice of learned
         global keys), "pallas_tpu" and "pallas_gpu" (Pallas; skip blocks; elsewhere than on a TPU or a Hopper GPU they
-        are interpreted, for tests), or "reference". Default: `default_implementation`.
+        are interpreted, for tests), "cudnn" (NVIDIA GPUs; see `cudnn`), or "reference". Default:
+        `default_implementation`.
 
     Returns:
       out_BTHM in the dtype of `v`, and the log-sum-exp of each query's visible scores, lse_BHT float32. A query that
@@ -89,27 +95,26 @@ def windowed_attention(
         raise ValueError(f"q {q_BTHN.dtype}, k {k_BTGN.dtype}, v {v_BTGM.dtype}: must be of one dtype")
     if H % k_BTGN.shape[2]:
         raise ValueError(f"{H} query heads are not a multiple of {k_BTGN.shape[2]} key heads")
-    widths = N, v_BTGM.shape[3]
-    name = implementation or default_implementation(q_BTHN.dtype, widths)
+    if (gate_BT is not None) != isinstance(pattern, LearnedGlobal):
+        raise ValueError(f"gate_BT belongs to learned_global and to it alone; the pattern is {pattern.kind}")
+    if place is None:
+        place, max_segments = Place(jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32)), 1
+    if place.window_BT is not None and not isinstance(pattern, RuntimeWindowed):
+        place = place._replace(window_BT=None)  # of other layers
+    call = Call(q_BTHN, k_BTGN, v_BTGM, place, pattern, scale, causal, gate_BT, softcap, max_segments)
+    name = implementation or default_implementation(call)
     if name not in IMPLEMENTATIONS:
         raise ConfigError(
             f"config.model.attention.implementation={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}"
         )
-    if reason := refusal(name, q_BTHN.dtype, widths):
+    if reason := refusal(name, call):
         raise ConfigError(f"config.model.attention.implementation={name!r}: {reason}")
-    if (gate_BT is not None) != isinstance(pattern, LearnedGlobal):
-        raise ValueError(f"gate_BT belongs to learned_global and to it alone; the pattern is {pattern.kind}")
-    if place is None:
-        place = Place(jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32))
-    if place.window_BT is not None and not isinstance(pattern, RuntimeWindowed):
-        place = place._replace(window_BT=None)  # of other layers
-
     if name in KERNELS:
         k_BTGN, v_BTGM = (repeat_key_heads(H, x_BTGN) for x_BTGN in (k_BTGN, v_BTGM))
 
     def attend(q, k, v, position_BT, segment_BT, window_BT, gate_BT):
         place = Place(position_BT, segment_BT, window_BT)
-        return IMPLEMENTATIONS[name](Call(q, k, v, place, pattern, scale, causal, gate_BT, softcap, max_segments))
+        return IMPLEMENTATIONS[name](call._replace(q_BTHN=q, k_BTGN=k, v_BTGM=v, place=place, gate_BT=gate_BT))
 
     keys, tokens = (axes.BATCH, axes.LENGTH, axes.KV_HEADS, None), (axes.BATCH, axes.LENGTH)
     inputs = [(q_BTHN, (axes.BATCH, axes.LENGTH, axes.HEADS, None)), (k_BTGN, keys), (v_BTGM, keys)]
