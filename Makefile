@@ -36,11 +36,13 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-# torch and transformers: oracles and benchmark peers. torch comes by itself, without hashes (see BUILD.md). And the
-# compilers for TPUs and GPUs, of jax's own version; the GPUs' in a folder of its own, where jax does not look for GPUs.
+# torch, transformers and tokamax: oracles and benchmark peers. torch comes by itself, without hashes (see BUILD.md). And
+# the compilers for TPUs and GPUs, of jax's own version; the GPUs' in a folder of its own, where jax does not look for
+# GPUs.
 peers: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[tpu]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[tpu]" \
+	  "tokamax==0.0.12; python_version < '3.12'" "tokamax==0.0.17; python_version >= '3.12'"
 	version=$$($(BIN)/python -c "import importlib.metadata as m; print(m.version('jax'))"); \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/cuda \
 	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cuda-nvcc==13.5.37

@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 NOTEBOOKS = ["ipykernel", "nbclient", "nbformat"]
-PEERS = ["transformers>=5.23"]  # torch comes apart: see BUILD.md, "Peers"
+PEERS = ["transformers>=5.23"]  # torch and tokamax come apart: see the Makefile
 
 setup(
     name="dsv3_jax",

@@ -59,7 +59,18 @@ def _splash(length: int, window: int, block: int, _: int, one_backward: bool = F
     return make_attention(length, window, block, one_backward=one_backward), (1, length, WIDTH)
 
 
-CONTENDERS = {"ours": _ours, "splash": _splash, "splash, fused": functools.partial(_splash, one_backward=True)}
+def _tokamax(length: int, window: int, block: int, _: int):
+    from experiments.peers.tokamax_splash_attention import make_attention
+
+    return make_attention(length, window, block), (1, length, WIDTH)
+
+
+CONTENDERS = {
+    "ours": _ours,
+    "splash": _splash,
+    "splash, fused": functools.partial(_splash, one_backward=True),
+    "tokamax": _tokamax,
+}
 
 
 if __name__ == "__main__":
