@@ -120,6 +120,15 @@ class Warpgroup:
         """A vector in shared memory, one element for each row of a result, or for each column."""
         return self._laid_out(ref[...], plgpu.Layout.WGMMA.reduce(1 if of_rows else 0))
 
+    def widened(self, matrix: Any, dtype: Any) -> jax.Array:
+        """8-bit numbers of a matrix in shared memory, in a 16-bit dtype that holds them exactly; to be stored there."""
+        if self.interpret:
+            return matrix[...].astype(jnp.float32).astype(dtype)
+        values = plgpu.load(matrix, (), layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        if values.dtype != jnp.int8 and dtype != jnp.float16:  # a Hopper GPU turns 8-bit floats into float16 alone
+            values = values.astype(jnp.float16).astype(jnp.float32)
+        return plgpu.layout_cast(values.astype(dtype), plgpu.Layout.WGMMA)
+
     def transposed(self, matrix: Any) -> Any:
         """A matrix in shared memory as a factor, read across."""
         return _Transposed(matrix) if self.interpret else plgpu.transpose_ref(matrix, (1, 0))

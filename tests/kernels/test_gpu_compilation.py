@@ -61,10 +61,12 @@ def test_odd_shapes_compile_and_spill_little():
 
 def test_experts_multiply_on_tensor_cores_spill_nothing_and_hold_no_rows_in_float32():
     """32 of DeepSeek-V3's 256 experts on a GPU, 8 of them a token; and small and odd ones in float16."""
-    found = compiled("compile_gpu_grouped_matmul.py", "4096,8,32,7168,2048", "300,2,5,7,6,float16")
+    eight_bits = [f"512,8,32,7168,2048,bfloat16,{dtype}" for dtype in ("int8", "float8_e4m3fn")]
+    found = compiled("compile_gpu_grouped_matmul.py", "4096,8,32,7168,2048", "300,2,5,7,6,float16", *eight_bits)
     for case, line in found.items():
-        names = sorted(kernel["kernel"].split("_mosaic")[0] for kernel in line["kernels"])
-        assert set(names) == {"grouped_groups", "grouped_rows", "grouped_swiglu"}, names
+        names = {kernel["kernel"].split("_mosaic")[0] for kernel in line["kernels"]}
+        backward = set() if case in eight_bits else {"grouped_groups"}
+        assert names == {"grouped_rows", "grouped_swiglu"} | backward, names
         for kernel in line["kernels"]:
             assert kernel["spills"] == 0 and not kernel["serialized"], (case, kernel)
             assert kernel["wgmma"] >= 2 * 64 // 16, (case, kernel)  # two tiles, 16 deep an instruction
@@ -72,6 +74,8 @@ def test_experts_multiply_on_tensor_cores_spill_nothing_and_hold_no_rows_in_floa
     line = found["4096,8,32,7168,2048"]
     assert P * K <= line["float32"] < P * K * min(D, F), "numbers of each row, and no rows"
     assert line["temporary"] < 2 * (E * D * 2 * F + 4 * P * K * D)
+    for case in eight_bits:
+        assert found[case]["temporary"] < E * D * F / 4, "no matrix is held in 16 bits"
 
 
 PROGRAM = """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import config as c
-from dsv3_jax.kernels.grouped_matmul import api, grouped_experts, pick_matmul
+from dsv3_jax.kernels.grouped_matmul import api, dequantize, grouped_experts, pick_matmul, quantize
 from dsv3_jax.kernels.grouped_matmul.pallas_gpu import gpu_products
 from tests.conftest import assert_close
 from tests.kernels.test_grouped_pallas_tpu import by_hand, drawn
@@ -50,6 +50,20 @@ def test_swiglu_and_the_transposed_product_are_those_by_hand():
         lambda: (of.swiglu(x, w, sizes, save=True), of.rows(dy, w, sizes, transposed=True)),
     )()
     assert_close([y[inside] for y in (*swiglu, back)], expected[:3] + expected[4:], 3e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)])
+def test_matrices_of_eight_bits_are_widened_tile_by_tile(dtype):
+    """Seven steps of the ring: each of its slots, and each of the widened tiles, is written anew while others are
+    read. A tile of rows is shared by two groups; no channel has the scale of another."""
+    x, w, dy, factor = drawn(100, 3, 400, 256)
+    q, sizes = quantize(w * jnp.exp(jnp.arange(256) / 64), dtype), np.array([60, 0, 30])
+    expected, _ = by_hand(x, dequantize(q, jnp.float32), dy, sizes, factor)
+    of = gpu_products(interpret=True)
+    rows, swiglu = jax.jit(
+        lambda: (of.rows(x, q, jnp.asarray(sizes), factor_N=factor), of.swiglu(x, q, jnp.asarray(sizes), save=True))
+    )()
+    assert_close([y[:90] for y in (rows, *swiglu)], [expected[3], *expected[:3]], 3e-6)
 
 
 @pytest.mark.quick

@@ -47,9 +47,10 @@ def outputs_and_gradients(dispatch):
 
 
 CHOICES = [
-    pytest.param(name, dtype, marks=pytest.mark.slow if name in INTERPRETED and dtype != "int8" else ())
+    pytest.param(
+        name, dtype, marks=pytest.mark.slow if name == SLOWEST or (name in INTERPRETED and dtype != "int8") else ()
+    )
     for name in IMPLEMENTATIONS
-    if name != SLOWEST  # dequantizes first
     for dtype in ("int8", "float8_e4m3fn")
 ]
 

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.kernels.grouped_matmul.experts import Products, product, routed_experts
-from dsv3_jax.kernels.grouped_matmul.quantized import Weights, dequantize
+from dsv3_jax.kernels.grouped_matmul.quantized import Quantized, Weights, dequantize
 from dsv3_jax.kernels.grouped_matmul.schedule import make_schedule
 from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, Ring, Warpgroup, launch
 
@@ -27,6 +27,7 @@ ROWS = READERS * WARPGROUP_ROWS  # of a tile
 COLUMNS = 128  # of a tile
 DEPTH = 64  # of what is summed over, in a step of the ring
 SLOTS = 4
+WIDE = 3  # pairs of tiles that were 8 bits wide: one is multiplied, one may still be, one is written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,44 +62,62 @@ def _store(tile_smem: Any, out_ref: Any, values: jax.Array, row: Any, column: An
 
 def _rows_kernel(
     settings: _Settings, epilogue: Any, transposed: bool, apart: int, refs: Any, shared: Any, barriers: Any, *,
-    has_factor: bool,
+    has_factor: bool, is_quantized: bool,
 ) -> None:  # fmt: skip
-    x_ref, w_ref, tile_ref, group_ref, start_ref, count_ref = refs[:6]
-    factor_refs, out_refs = (refs[6:7], refs[7:]) if has_factor else ((), refs[6:])
-    x_smem, w_smem, out_smem, factor_smem = shared
-    own, (full, free, factor_barrier) = settings.warpgroup, barriers
-    ring = Ring(SLOTS, full, free)
+    x_ref, w_ref, tile_ref, group_ref, start_ref, count_ref, *refs = refs
+    factor_ref = refs.pop(0) if has_factor else None
+    scale_ref = refs.pop(0) if is_quantized else None
+    x_smem, w_smem, out_smem, factor_smem, wide_smem, scale_smem = [*shared, None, None][:6]
+    own, (full, free, factor_barrier, widened_barrier, scale_barrier) = settings.warpgroup, barriers
+    ring = Ring(w_smem.shape[0], full, free)
     step, column, group = (jax.lax.axis_index(name) for name in ("steps", "columns", "warpgroup"))
     tile, expert = tile_ref[step], group_ref[step]
     is_real = step < count_ref[0]
     depths = jnp.where(is_real, x_ref.shape[1] // DEPTH, 0)
+
+    def columns_of(part: int) -> Any:
+        return pl.ds((column + apart * part if apart > 1 else 2 * column + part) * COLUMNS, COLUMNS)
 
     @pl.when(group < READERS)
     def _():
         plgpu.set_max_registers(232, action="increase")
         row = tile * ROWS + group * WARPGROUP_ROWS
 
-        def factors(_, slot):
-            matrices = [w_smem.at[slot, i] for i in range(2)]
+        def factors(at, slot):
+            tiles = w_smem.at[slot]
+            if is_quantized:  # each warpgroup widens one of the two tiles
+                tiles = wide_smem.at[jax.lax.rem(at, jnp.int32(WIDE))]
+                tiles[group] = own.widened(w_smem.at[slot, group], tiles.dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(widened_barrier)
+                plgpu.barrier_wait(widened_barrier)
+            matrices = [tiles.at[i] for i in range(2)]
             return [(x_smem.at[slot, group], own.transposed(w) if transposed else w) for w in matrices]
 
         factor_S = None
-        for factor_ref in factor_refs:
+        if factor_ref is not None:
             rows = pl.ds(row, WARPGROUP_ROWS)
             plgpu.copy_gmem_to_smem(factor_ref.at[rows], factor_smem.at[group], factor_barrier.at[group])
             plgpu.barrier_wait(factor_barrier.at[group])
             factor_S = own.load(factor_smem.at[group], of_rows=True)
         pair = own.contraction(ring, depths, [(WARPGROUP_ROWS, COLUMNS)] * 2, factors)
+        if scale_ref is not None:
+            plgpu.barrier_wait(scale_barrier)
+            scales = [own.load(scale_smem.at[part], of_rows=False) for part in range(2)]
+            pair = [y * jax.lax.broadcast_in_dim(scale, y.shape, [1]) for y, scale in zip(pair, scales, strict=True)]
         first = jnp.clip(start_ref[expert] - row, 0, WARPGROUP_ROWS)
         stop = jnp.where(is_real, jnp.clip(start_ref[expert + 1] - row, first, WARPGROUP_ROWS), first)
         for index, block, values in epilogue(column, *pair):
             if factor_S is not None:
                 values = values * jax.lax.broadcast_in_dim(factor_S, values.shape, [0])
-            _store(out_smem.at[group], out_refs[index], values, row, block * COLUMNS, first, stop - first)
+            _store(out_smem.at[group], refs[index], values, row, block * COLUMNS, first, stop - first)
 
     @pl.when(group == READERS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
+        if scale_ref is not None:
+            for part in range(2):
+                plgpu.copy_gmem_to_smem(scale_ref.at[expert, columns_of(part)], scale_smem.at[part], scale_barrier)
 
         @pl.loop(0, depths)
         def _(step):
@@ -108,8 +127,7 @@ def _rows_kernel(
                 rows = pl.ds(tile * ROWS + part * WARPGROUP_ROWS, WARPGROUP_ROWS)
                 plgpu.copy_gmem_to_smem(x_ref.at[rows, depth], x_smem.at[slot, part], barrier)
             for part in range(2):
-                block = column + apart * part if apart > 1 else 2 * column + part
-                columns = pl.ds(block * COLUMNS, COLUMNS)
+                columns = columns_of(part)
                 matrix = w_ref.at[expert, columns, depth] if transposed else w_ref.at[expert, depth, columns]
                 plgpu.copy_gmem_to_smem(matrix, w_smem.at[slot, part], barrier)
 
@@ -180,34 +198,47 @@ def _pad(x: jax.Array, **multiples: int) -> jax.Array:
 
 
 def _row_products(
-    settings: _Settings, name: str, epilogue: Callable[..., Any], num_outputs: int, width: int, apart: int, x_ND, w_EDF,
-    sizes_E, *, transposed: bool = False, factor_N: jax.Array | None = None,
+    settings: _Settings, name: str, epilogue: Callable[..., Any], num_outputs: int, width: int, apart: int, x_ND,
+    w_EDF: Weights, sizes_E, *, transposed: bool = False, factor_N: jax.Array | None = None,
 ) -> list[jax.Array]:  # fmt: skip
     """Outputs [N, width] of x times pairs of tiles of columns: neighbours, or `apart` tiles apart."""
     (num_rows, _), dtype, own = x_ND.shape, x_ND.dtype, settings.warpgroup
+    values, scale_EF = w_EDF if isinstance(w_EDF, Quantized) else (w_EDF, None)
+    is_quantized, has_factor = scale_EF is not None, factor_N is not None
     x_ND = _pad(x_ND, d0=ROWS, d1=DEPTH)
-    w_EDF = _pad(w_EDF, d1=2 * COLUMNS, d2=DEPTH) if transposed else _pad(w_EDF, d1=DEPTH, d2=2 * COLUMNS)
+    values = _pad(values, d1=2 * COLUMNS, d2=DEPTH) if transposed else _pad(values, d1=DEPTH, d2=2 * COLUMNS)
     N, padded = len(x_ND), width + -width % (2 * COLUMNS if apart == 1 else COLUMNS)
     steps = make_schedule(sizes_E, N, ROWS, empty=False)
-    factors = [] if factor_N is None else [_pad(factor_N.astype(jnp.float32), d0=ROWS)]
+    of_epilogue = [_pad(factor_N.astype(jnp.float32), d0=ROWS)] if factor_N is not None else []
+    of_epilogue += [_pad(scale_EF[:, 0], d1=2 * COLUMNS)] if scale_EF is not None else []
+    slots, tile = SLOTS - is_quantized, (COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS)
     results = launch(
         name,
-        functools.partial(_rows_kernel, settings, epilogue, transposed, apart, has_factor=bool(factors)),
+        functools.partial(
+            _rows_kernel, settings, epilogue, transposed, apart, has_factor=has_factor, is_quantized=is_quantized
+        ),
         {"steps": len(steps.tile_S), "columns": padded // COLUMNS // (2 if apart == 1 else 1)},
         READERS + 1,
-        (x_ND, w_EDF, steps.tile_S, steps.group_S, steps.start_E1, steps.count_1, *factors),
+        (x_ND, values, steps.tile_S, steps.group_S, steps.start_E1, steps.count_1, *of_epilogue),
         [((N, padded), dtype)] * num_outputs,
         [
-            own.matrix(SLOTS, READERS, WARPGROUP_ROWS, DEPTH, dtype=dtype),
-            own.matrix(SLOTS, 2, *((COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS)), dtype=dtype),
+            own.matrix(slots, READERS, WARPGROUP_ROWS, DEPTH, dtype=dtype),
+            own.matrix(slots, 2, *tile, dtype=values.dtype),
             plgpu.SMEM((READERS, WARPGROUP_ROWS, COLUMNS), dtype),
             plgpu.SMEM((READERS, WARPGROUP_ROWS), jnp.float32),
+            *([own.matrix(WIDE, 2, *tile, dtype=dtype)] if is_quantized else []),
+            *([plgpu.SMEM((2, COLUMNS), jnp.float32)] if is_quantized else []),
         ],
-        [*Ring.barriers(SLOTS, READERS + 2, READERS), plgpu.Barrier(num_barriers=READERS)],
+        [
+            *Ring.barriers(slots, READERS + 2, READERS),
+            plgpu.Barrier(num_barriers=READERS),
+            plgpu.Barrier(num_arrivals=READERS),
+            plgpu.Barrier(num_arrivals=2),
+        ],
         pl.CostEstimate(
             2 * num_rows * x_ND.shape[1] * width * (1 if apart == 1 else 2),
             0 if apart == 1 else num_rows * width,
-            x_ND.nbytes + w_EDF.nbytes + num_outputs * N * padded * dtype.itemsize,
+            x_ND.nbytes + values.nbytes + num_outputs * N * padded * dtype.itemsize,
         ),
         settings.interpret,
     )
@@ -223,32 +254,37 @@ def _rows(
     transposed: bool = False,
     factor_N: jax.Array | None = None,
 ) -> jax.Array:
-    """See `experts.RowsProduct`."""
-    w = dequantize(w_EDF, x_ND.dtype)
+    """See `experts.RowsProduct`. Dequantizes a transposed matrix before: its scales are along what is summed over."""
+    w_EDF = dequantize(w_EDF, x_ND.dtype) if transposed else w_EDF
 
     def epilogue(column, left, right):
         return [(0, 2 * column, left), (0, 2 * column + 1, right)]
 
-    width, more = w.shape[1 if transposed else 2], {"transposed": transposed, "factor_N": factor_N}
-    return _row_products(settings, "grouped_rows", epilogue, 1, width, 1, x_ND, w, sizes_E, **more)[0]
+    width = jax.tree.leaves(w_EDF)[0].shape[1 if transposed else 2]
+    more = {"transposed": transposed, "factor_N": factor_N}
+    return _row_products(settings, "grouped_rows", epilogue, 1, width, 1, x_ND, w_EDF, sizes_E, **more)[0]
 
 
 def _swiglu(
     settings: _Settings, x_ND: jax.Array, w_ED2F: Weights, sizes_E: jax.Array, *, save: bool
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """See `experts.SwigluProduct`."""
-    w = dequantize(w_ED2F, x_ND.dtype)
-    E, D, F = w.shape[0], w.shape[1], w.shape[2] // 2
+    F = jax.tree.leaves(w_ED2F)[0].shape[2] // 2
     tiles = max(2, -(-F // COLUMNS))  # of gates: one alone would be a neighbour
+
+    def pad(w_ED2F: jax.Array) -> jax.Array:
+        parts = w_ED2F.reshape(*w_ED2F.shape[:2], 2, F)
+        return jnp.pad(parts, ((0, 0), (0, 0), (0, 0), (0, tiles * COLUMNS - F))).reshape(*w_ED2F.shape[:2], -1)
+
     if tiles * COLUMNS != F:  # a copy: gates and up-projections are whole tiles
-        w = jnp.pad(w.reshape(E, D, 2, F), ((0, 0), (0, 0), (0, 0), (0, tiles * COLUMNS - F))).reshape(E, D, -1)
+        w_ED2F = jax.tree.map(pad, w_ED2F)
 
     def epilogue(column, gate, up):
         hidden = gate / (1.0 + jnp.exp2(gate * -math.log2(math.e))) * up
         return [(index, column, values) for index, values in enumerate([hidden, gate, up] if save else [hidden])]
 
     outputs = _row_products(
-        settings, "grouped_swiglu", epilogue, 3 if save else 1, tiles * COLUMNS, tiles, x_ND, w, sizes_E
+        settings, "grouped_swiglu", epilogue, 3 if save else 1, tiles * COLUMNS, tiles, x_ND, w_ED2F, sizes_E
     )
     hidden_NF, gate_NF, up_NF = [y_NF[:, :F] for y_NF in outputs] if save else [outputs[0][:, :F], None, None]
     return hidden_NF, gate_NF, up_NF
@@ -282,7 +318,7 @@ def _groups(settings: _Settings, x_ND: jax.Array, dy_NF: jax.Array, sizes_E: jax
 
 
 def gpu_products(interpret: bool | None = None) -> Products:
-    """The kernels. Quantized matrices are dequantized before.
+    """The kernels.
 
     Args:
       interpret: by default, wherever the platform is not a GPU.
