@@ -124,10 +124,10 @@ class Warpgroup:
         """8-bit numbers of a matrix in shared memory, in a 16-bit dtype that holds them exactly; to be stored there."""
         if self.interpret:
             return matrix[...].astype(jnp.float32).astype(dtype)
-        values = plgpu.load(matrix, (), layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        values = self._laid_out(matrix[...], plgpu.Layout.WGMMA_UPCAST_2X)
         if values.dtype != jnp.int8 and dtype != jnp.float16:  # a Hopper GPU turns 8-bit floats into float16 alone
             values = values.astype(jnp.float16).astype(jnp.float32)
-        return plgpu.layout_cast(values.astype(dtype), plgpu.Layout.WGMMA)
+        return self._laid_out(values.astype(dtype), plgpu.Layout.WGMMA)
 
     def transposed(self, matrix: Any) -> Any:
         """A matrix in shared memory as a factor, read across."""
