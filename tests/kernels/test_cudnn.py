@@ -12,6 +12,7 @@ from dsv3_jax import config as c
 from dsv3_jax.kernels.windowed_attention import api, windowed_attention
 from dsv3_jax.models.transformer import Transformer
 from dsv3_jax.ops.patterns import Place
+from dsv3_jax.sharding import make_mesh
 from tests.conftest import assert_close, fresh_key, tiny_model
 from tests.kernels.attention_calls import call_of, place_of
 
@@ -53,6 +54,21 @@ def test_outputs_and_gradients_are_the_oracles(pattern, causal, widths):
         return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
     assert_close(attend("cudnn"), attend("reference"), 2e-5)  # float32: sums in another order
+
+
+def test_devices_work_on_their_own_part_and_give_what_one_gives():
+    """The log-sum-exp is not read, and a gradient through it not asked for, on several devices either."""
+    q, k, v = draw(24, 4, 2, 8, 8)
+
+    def total(q, k, v):
+        out, _ = windowed_attention(q, k, v, pattern=c.Windowed(9), scale=0.4, implementation="cudnn")
+        return jnp.sum(jnp.sin(out)), out
+
+    step = jax.grad(total, argnums=(0, 1, 2), has_aux=True)
+    alone = jax.jit(step)(q, k, v)
+    with jax.set_mesh(make_mesh(c.MeshConfig(fsdp=2, model=2))):
+        together = jax.jit(step)(q, k, v)
+    assert_close(jax.device_get(together), jax.device_get(alone), 1e-5)
 
 
 def test_rows_that_are_not_one_document_give_nan_not_a_wrong_result():
