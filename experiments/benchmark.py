@@ -74,7 +74,7 @@ def environment() -> dict[str, str]:
     import jax
 
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-    for name in ("torch", "transformers"):
+    for name in ("torch", "transformers", "tokamax", "libtpu"):
         if importlib.util.find_spec(name):
             versions[name] = importlib.metadata.version(name)
     device = jax.devices()[0]

@@ -162,26 +162,40 @@ class Warpgroup:
         return cast(Any, pl.run_state(body)((*(plgpu.ACC.init(acc) for acc, _ in sums), *values)))
 
     def contraction(
-        self, ring: "Ring", steps: Any, shapes: Sequence[tuple[int, int]], factors: Callable[[Any, Any], Any]
+        self,
+        ring: "Ring",
+        steps: Any,
+        shapes: Sequence[tuple[int, int]],
+        factors: Callable[[Any, Any], Any],
+        prepare: Callable[[Any, Any], None] | None = None,
     ) -> list[jax.Array]:
         """Σ a · b over the steps of a ring, of each shape. factors(step, slot): (a, b) of each, in shared memory.
+        prepare(step, slot): what is done with a slot before its factors are read.
 
-        The products of a step are in flight while the next one's are issued: a slot is released a step late.
+        The products of a step are in flight while the next one's are issued: a slot is released a step late. Plain JAX
+        multiplies a step late too, after the next one is prepared.
         """
+        prepare = prepare or (lambda step, slot: None)
         if self.interpret:
 
-            def turn(step, accs):
-                terms = factors(step, ring.wait(step))
-                accs = [acc + _plain_product(a, b) for acc, (a, b) in zip(accs, terms, strict=True)]
-                ring.release(step)
-                return accs
+            def multiply(step, accs):
+                """The step before."""
+                before = jnp.maximum(step - 1, 0)
+                terms = [_plain_product(a, b) for a, b in factors(before, ring.slot(before))]
+                pl.when(step > 0)(lambda: ring.release(before))
+                return [jnp.where(step > 0, acc + term, acc) for acc, term in zip(accs, terms, strict=True)]
 
-            return jax.lax.fori_loop(0, steps, turn, [self.zeros(*shape) for shape in shapes])
+            def turn(step, accs):
+                prepare(step, ring.wait(step))
+                return multiply(step, accs)
+
+            return multiply(steps, jax.lax.fori_loop(0, steps, turn, [self.zeros(*shape) for shape in shapes]))
 
         def scope(*acc_refs):
             @pl.loop(0, steps)
             def _(step):
                 slot = ring.wait(step)
+                prepare(step, slot)
                 for acc_ref, (a, b) in zip(acc_refs, factors(step, slot), strict=True):
                     plgpu.wgmma(acc_ref, a, b)
                 plgpu.wgmma_wait(len(shapes))

@@ -81,7 +81,8 @@ class Transformer(nn.Module):
             bring any number of tokens, later ones at most `cache.step` of them.
           num_tokens_B: with a cache, the real tokens of each row; the rest of the row is padding. Default: all. A row
             that grows beyond the cache's `max_length` gives NaN.
-          max_segments: the most documents a row holds; matters for patterns with global positions only.
+          max_segments: the most documents a row holds; matters for patterns with global positions, and to cuDNN's
+            attention, which takes one. 1 without positions.
           return_logits: False saves the vocabulary product; `head_weight` and `ops.losses.cross_entropy` go on.
           predict_ahead: also runs the multi-token-prediction modules, for training; for decoding see `predict`.
         """

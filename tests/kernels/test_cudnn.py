@@ -71,15 +71,17 @@ def test_devices_work_on_their_own_part_and_give_what_one_gives():
     assert_close(jax.device_get(together), jax.device_get(alone), 1e-5)
 
 
-def test_rows_that_are_not_one_document_give_nan_not_a_wrong_result():
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_that_are_not_one_document_give_nan_not_a_wrong_result(causal):
     q, k, v = (x[:1] for x in draw(20, 1, 1, 8, 8))
 
-    def attend(place):
-        return windowed_attention(q, k, v, pattern=c.Full(), scale=1.0, place=place, max_segments=1,
-                                  implementation="cudnn")  # fmt: skip
+    def attend(place, implementation="cudnn"):
+        return windowed_attention(q, k, v, pattern=c.Full(), causal=causal, scale=1.0, place=place, max_segments=1,
+                                  implementation=implementation)  # fmt: skip
 
-    out, lse = attend(place_of(12, 8))
-    assert np.all(np.isfinite(out[0, :12])) and np.all(np.isnan(out[0, 12:])) and np.all(np.isnan(lse[0, :, 12:]))
+    (out, lse), (expected, _) = attend(place_of(12, 8)), attend(place_of(12, 8), "reference")
+    assert np.all(np.isnan(out[0, 12:])) and np.all(np.isnan(lse[0, :, 12:]))
+    assert_close(out[0, :12], expected[0, :12], 2e-5)
     late = Place(jnp.maximum(jnp.arange(20) - 3, 0)[None], (jnp.arange(20) >= 3).astype(jnp.int32)[None])
     assert np.all(np.isnan(attend(late)[0][0, 3:]))
 
@@ -89,7 +91,7 @@ def test_what_it_cannot_run_is_refused_by_name(monkeypatch):
     for more, says in (
         ({"pattern": c.Windowed(2, (0,))}, "'cudnn': it knows the pattern full and, under causality, sliding windows"),
         ({"pattern": c.Full(), "softcap": 1.0}, "it has no soft-cap"),
-        ({"pattern": c.Full(), "place": place_of(4)}, "one document a row, and max_segments=16; use data.max_segments"),
+        ({"pattern": c.Full(), "place": place_of(4)}, "one document a row, and max_segments=16: give 1"),
     ):
         with pytest.raises(c.ConfigError, match=says):
             windowed_attention(x, x, x, scale=1.0, implementation="cudnn", **more)
@@ -98,6 +100,9 @@ def test_what_it_cannot_run_is_refused_by_name(monkeypatch):
     assert "bfloat16 and float16, not float32" in (api.refusal("cudnn", call_of(jnp.float32)) or "")
     assert "192 wide" in (api.refusal("cudnn", call_of(jnp.bfloat16, 192, 128)) or "")
     assert api.refusal("cudnn", call_of(jnp.bfloat16)) is None
+    for other in ("7.5", "gfx942"):
+        monkeypatch.setattr(jax, "local_devices", lambda kind=other: [types.SimpleNamespace(compute_capability=kind)])
+        assert f"8.0 and above; this GPU has {other}" in (api.refusal("cudnn", call_of(jnp.bfloat16)) or "")
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability="10.0")])
     assert api.refusal("cudnn", call_of(jnp.bfloat16, 192, 128)) is None
     assert api.default_implementation(call_of(jnp.bfloat16)) == "blocked", "it has not run there yet"

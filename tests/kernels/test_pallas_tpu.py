@@ -2,6 +2,7 @@
 runs is `test_windowed_attention.py`; compilation for TPUs is in `test_tpu_compilation.py`."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -154,11 +155,16 @@ def test_many_blocks_of_every_kind_agree_with_the_oracle(pattern, causal, softca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("waiting", [WAITING, 0])
-def test_blocks_are_on_the_chip_when_they_are_read_and_are_written_when_they_are_complete(waiting):
+def test_blocks_are_on_the_chip_when_they_are_read_and_are_written_when_they_are_complete(waiting, monkeypatch):
     """In the interpreter that models memories and copies: it reads NaN where nothing was copied, and finds races."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    kernels, make = [], interpreter.RaceDetectionState
+    monkeypatch.setattr(interpreter, "RaceDetectionState", lambda *a, **k: kernels.append(make(*a, **k)) or kernels[-1])
     interpret = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
     options = {"blocks": Blocks(128, 128, 128), "waiting": waiting, "interpret": interpret}
     assert_agrees_with_the_oracle(c.Windowed(400), True, None, **options)
+    assert len(kernels) == (2 if waiting else 3) and not any(kernel.races_found for kernel in kernels)
 
 
 @pytest.mark.quick
@@ -195,6 +201,19 @@ def test_a_schedule_that_no_tpu_can_hold_is_refused():
         jax.eval_shape(lambda q, k, v: jax.grad(lambda q: jnp.sum(
             tpu_attention(Call(q, k, v, whole_row(16, 131072), c.Full(), 0.1))[0].astype(jnp.float32)
         ))(q), *args)  # fmt: skip
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("length", "kernels"), [(40 * 512, 1), (310 * 512, 2)])
+def test_where_the_plan_of_one_backward_kernel_is_too_long_two_take_its_place(length, kernels):
+    """Six numbers a step against four: 310 blocks without a window have 48,205 steps, and 1,157 KB against 771 KB."""
+    x, place = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16), whole_row(1, length)
+
+    def total(q, k, v):
+        call = Call(q, k, v, place, c.Full(), 0.1)
+        return jnp.sum(tpu_attention(call, blocks=Blocks(512, 512, 128), waiting=2**40)[0].astype(jnp.float32))
+
+    assert len(calls(jax.grad(total, argnums=(0, 1, 2)), x, x, x)) == 1 + kernels
 
 
 @pytest.mark.quick
@@ -304,3 +323,6 @@ def test_float16_is_refused_by_name_and_passed_over_by_default(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert api.default_implementation(call_of(jnp.bfloat16)) == "pallas_tpu"
     assert api.default_implementation(call_of(jnp.float16)) == "blocked"
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(device_kind="TPU v4")])
+    assert "more vector memory; this is a TPU v4" in (api.refusal("pallas_tpu", call_of(jnp.bfloat16)) or "")
+    assert api.default_implementation(call_of(jnp.bfloat16)) == "blocked"

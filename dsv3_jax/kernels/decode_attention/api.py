@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dsv3_jax import axes
 from dsv3_jax.config import ConfigError
-from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels import hopper, tpu
 from dsv3_jax.kernels.decode_attention.call import Call
 from dsv3_jax.kernels.decode_attention.pallas_gpu import gpu_decode_attention, gpu_refusal
 from dsv3_jax.kernels.decode_attention.pallas_tpu import fits, tpu_decode_attention
@@ -24,8 +24,8 @@ IMPLEMENTATIONS = {
 def refusal(name: str, call: Call) -> str | None:
     """Why an implementation cannot run this; None if it can. Of the arrays only shapes and dtypes are read."""
     dtype = call.k_BSGN.dtype
-    if name == "pallas_tpu" and dtype == jnp.float16:
-        return "TPUs have no float16; use bfloat16"
+    if name == "pallas_tpu" and (reason := tpu.refusal(dtype)):
+        return reason
     bytes_a_slot = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in call.arrays)
     if name == "pallas_tpu" and not fits(bytes_a_slot):
         return f"{bytes_a_slot:,} bytes a slot of the cache do not fit on the chip; use 'reference'"

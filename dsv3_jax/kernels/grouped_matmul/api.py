@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dsv3_jax import axes
 from dsv3_jax.config import ConfigError
-from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels import hopper, tpu
 from dsv3_jax.kernels.grouped_matmul.bucketed import bucketed_experts
 from dsv3_jax.kernels.grouped_matmul.padded import padded_matmul
 from dsv3_jax.kernels.grouped_matmul.pallas_gpu import gpu_experts, gpu_matmul
@@ -42,9 +42,7 @@ def refusal(name: str, dtype: Any) -> str | None:
     """Why an implementation cannot run inputs of this dtype; None if it can."""
     if name == "pallas_gpu":
         return hopper.refusal(dtype)
-    if name == "pallas_tpu" and jnp.dtype(dtype) == jnp.float16:
-        return "TPUs have no float16; use bfloat16"
-    return None
+    return tpu.refusal(dtype) if name == "pallas_tpu" else None
 
 
 def default_implementation(dtype: Any) -> str:

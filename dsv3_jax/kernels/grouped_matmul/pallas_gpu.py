@@ -27,6 +27,7 @@ ROWS = READERS * WARPGROUP_ROWS  # of a tile
 COLUMNS = 128  # of a tile
 DEPTH = 64  # of what is summed over, in a step of the ring
 SLOTS = 4
+QUANTIZED_SLOTS = 3  # with the widened tiles, shared memory is full
 WIDE = 3  # pairs of tiles that were 8 bits wide: one is multiplied, one may still be, one is written
 
 
@@ -67,7 +68,8 @@ def _rows_kernel(
     x_ref, w_ref, tile_ref, group_ref, start_ref, count_ref, *refs = refs
     factor_ref = refs.pop(0) if has_factor else None
     scale_ref = refs.pop(0) if is_quantized else None
-    x_smem, w_smem, out_smem, factor_smem, wide_smem, scale_smem = [*shared, None, None][:6]
+    x_smem, w_smem, out_smem, factor_smem, *of_quantized = shared
+    wide_smem, scale_smem = of_quantized if is_quantized else (w_smem, factor_smem)  # not used then
     own, (full, free, factor_barrier, widened_barrier, scale_barrier) = settings.warpgroup, barriers
     ring = Ring(w_smem.shape[0], full, free)
     step, column, group = (jax.lax.axis_index(name) for name in ("steps", "columns", "warpgroup"))
@@ -83,14 +85,15 @@ def _rows_kernel(
         plgpu.set_max_registers(232, action="increase")
         row = tile * ROWS + group * WARPGROUP_ROWS
 
+        def widen(at, slot):
+            """Each warpgroup one of the two tiles."""
+            wide_smem[jax.lax.rem(at, jnp.int32(WIDE)), group] = own.widened(w_smem.at[slot, group], wide_smem.dtype)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(widened_barrier)
+            plgpu.barrier_wait(widened_barrier)
+
         def factors(at, slot):
-            tiles = w_smem.at[slot]
-            if is_quantized:  # each warpgroup widens one of the two tiles
-                tiles = wide_smem.at[jax.lax.rem(at, jnp.int32(WIDE))]
-                tiles[group] = own.widened(w_smem.at[slot, group], tiles.dtype)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(widened_barrier)
-                plgpu.barrier_wait(widened_barrier)
+            tiles = wide_smem.at[jax.lax.rem(at, jnp.int32(WIDE))] if is_quantized else w_smem.at[slot]
             matrices = [tiles.at[i] for i in range(2)]
             return [(x_smem.at[slot, group], own.transposed(w) if transposed else w) for w in matrices]
 
@@ -100,7 +103,8 @@ def _rows_kernel(
             plgpu.copy_gmem_to_smem(factor_ref.at[rows], factor_smem.at[group], factor_barrier.at[group])
             plgpu.barrier_wait(factor_barrier.at[group])
             factor_S = own.load(factor_smem.at[group], of_rows=True)
-        pair = own.contraction(ring, depths, [(WARPGROUP_ROWS, COLUMNS)] * 2, factors)
+        prepare = widen if is_quantized else None
+        pair = own.contraction(ring, depths, [(WARPGROUP_ROWS, COLUMNS)] * 2, factors, prepare)
         if scale_ref is not None:
             plgpu.barrier_wait(scale_barrier)
             scales = [own.load(scale_smem.at[part], of_rows=False) for part in range(2)]
@@ -148,11 +152,12 @@ def _groups_kernel(settings: _Settings, refs: Any, shared: Any, barriers: Any) -
     def _():
         plgpu.set_max_registers(232, action="increase")
 
-        def factors(step, slot):
+        def clear(step, slot):
+            """Rows of other groups, which may hold anything: each warpgroup half of both factors."""
             begin = (first + step) * DEPTH
 
             @pl.when((begin < start) | (begin + DEPTH > end))
-            def _():  # rows of other groups, which may hold anything: each warpgroup clears half of both factors
+            def _():
                 for smem in (x_smem, dy_smem):
                     values = smem[slot, group]
                     row_ids = own.iota(values.shape, 0) + begin
@@ -161,10 +166,11 @@ def _groups_kernel(settings: _Settings, refs: Any, shared: Any, barriers: Any) -
                 plgpu.barrier_arrive(cleared_barrier)
                 plgpu.barrier_wait(cleared_barrier)
 
+        def factors(_, slot):
             x = own.transposed(x_smem.at[slot, group])
             return [(x, dy_smem.at[slot, i]) for i in range(2)]
 
-        pair = own.contraction(ring, depths, [(WARPGROUP_ROWS, COLUMNS)] * 2, factors)
+        pair = own.contraction(ring, depths, [(WARPGROUP_ROWS, COLUMNS)] * 2, factors, clear)
         for part, values in enumerate(pair):
             out_smem[group] = values.astype(out_smem.dtype)
             plgpu.commit_smem()
@@ -203,15 +209,15 @@ def _row_products(
 ) -> list[jax.Array]:  # fmt: skip
     """Outputs [N, width] of x times pairs of tiles of columns: neighbours, or `apart` tiles apart."""
     (num_rows, _), dtype, own = x_ND.shape, x_ND.dtype, settings.warpgroup
-    values, scale_EF = w_EDF if isinstance(w_EDF, Quantized) else (w_EDF, None)
-    is_quantized, has_factor = scale_EF is not None, factor_N is not None
+    values, scale_E1F = w_EDF if isinstance(w_EDF, Quantized) else (w_EDF, None)
+    is_quantized, has_factor = scale_E1F is not None, factor_N is not None
     x_ND = _pad(x_ND, d0=ROWS, d1=DEPTH)
     values = _pad(values, d1=2 * COLUMNS, d2=DEPTH) if transposed else _pad(values, d1=DEPTH, d2=2 * COLUMNS)
     N, padded = len(x_ND), width + -width % (2 * COLUMNS if apart == 1 else COLUMNS)
     steps = make_schedule(sizes_E, N, ROWS, empty=False)
     of_epilogue = [_pad(factor_N.astype(jnp.float32), d0=ROWS)] if factor_N is not None else []
-    of_epilogue += [_pad(scale_EF[:, 0], d1=2 * COLUMNS)] if scale_EF is not None else []
-    slots, tile = SLOTS - is_quantized, (COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS)
+    of_epilogue += [_pad(scale_E1F[:, 0], d1=2 * COLUMNS)] if scale_E1F is not None else []
+    slots, tile = QUANTIZED_SLOTS if is_quantized else SLOTS, (COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS)
     results = launch(
         name,
         functools.partial(

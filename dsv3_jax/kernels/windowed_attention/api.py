@@ -5,11 +5,10 @@ import jax.numpy as jnp
 
 from dsv3_jax import axes
 from dsv3_jax.config import ConfigError, LayerPattern, LearnedGlobal, RuntimeWindowed
-from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels import hopper, tpu
+from dsv3_jax.kernels.windowed_attention import cudnn
 from dsv3_jax.kernels.windowed_attention.blocked import blocked_attention
 from dsv3_jax.kernels.windowed_attention.call import Call
-from dsv3_jax.kernels.windowed_attention.cudnn import cudnn_attention
-from dsv3_jax.kernels.windowed_attention.cudnn import refusal as cudnn_refusal
 from dsv3_jax.kernels.windowed_attention.pallas_gpu import WIDEST, WIDEST_PRODUCT, gpu_attention, padded_widths
 from dsv3_jax.kernels.windowed_attention.pallas_tpu import tpu_attention
 from dsv3_jax.kernels.windowed_attention.reference import pattern_attention
@@ -18,7 +17,7 @@ from dsv3_jax.sharding import per_shard, repeat_key_heads
 
 IMPLEMENTATIONS = {
     "blocked": blocked_attention,
-    "cudnn": cudnn_attention,
+    "cudnn": cudnn.cudnn_attention,
     "pallas_gpu": gpu_attention,
     "pallas_tpu": tpu_attention,
     "reference": pattern_attention,
@@ -31,9 +30,9 @@ def refusal(name: str, call: Call) -> str | None:
     """Why an implementation cannot run this; None if it can. Of the arrays only shapes and dtypes are read."""
     dtype, widths = call.q_BTHN.dtype, (call.k_BTGN.shape[-1], call.v_BTGM.shape[-1])
     if name == "cudnn":
-        return cudnn_refusal(call)
-    if name == "pallas_tpu" and dtype == jnp.float16:
-        return "TPUs have no float16; use bfloat16"
+        return cudnn.refusal(call)
+    if name == "pallas_tpu":
+        return tpu.refusal(dtype)
     if name != "pallas_gpu":
         return None
     padded = padded_widths(*widths)
@@ -73,16 +72,17 @@ def windowed_attention(
         pattern's). Default: one document.
       gate_BT: float32, for `LearnedGlobal` alone: the score by which keys are chosen.
       softcap: see `ops.attention.soft_cap`.
-      max_segments: the most documents a row may hold, where the pattern has one set of global keys for each. 1 without
-        a `place`.
+      max_segments: the most documents a row may hold, where the pattern has one set of global keys for each; "cudnn"
+        takes one. 1 without a `place`.
       implementation: "blocked" (plain JAX, skips blocks, memory linear in T · window but for the choice of learned
         global keys), "pallas_tpu" and "pallas_gpu" (Pallas; skip blocks; elsewhere than on a TPU or a Hopper GPU they
         are interpreted, for tests), "cudnn" (NVIDIA GPUs; see `cudnn`), or "reference". Default:
         `default_implementation`.
 
     Returns:
-      out_BTHM in the dtype of `v`, and the log-sum-exp of each query's visible scores, lse_BHT float32. A query that
-      sees nothing gives zeros and −inf; a document numbered above `max_segments` gives NaN, never a wrong result.
+      out_BTHM in the dtype of `v`, and the log-sum-exp of each query's visible scores, lse_BHT float32 ("cudnn" rounds
+      it to the dtype of `v`, and raises where a gradient through it is asked for). A query that sees nothing gives
+      zeros and −inf; a document numbered above `max_segments` gives NaN, never a wrong result.
 
     Raises:
       ConfigError: an unknown implementation, or one that cannot run this (`refusal`). ValueError: arguments that do

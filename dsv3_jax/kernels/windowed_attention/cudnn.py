@@ -5,6 +5,7 @@ fast (docs/results/attention_speed.md). Elsewhere than on a GPU, XLA's implement
 tests.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -23,12 +24,14 @@ def refusal(call: Call) -> str | None:
     if reason := cudnn_refusal(call.pattern, call.causal, call.softcap):
         return reason
     if call.max_segments != 1:
-        return f"it takes one document a row, and max_segments={call.max_segments}; use data.max_segments=1"
+        return f"it takes one document a row, and max_segments={call.max_segments}: give 1 (data.max_segments=1)"
     if jax.default_backend() != "gpu":
         return None
     if call.q_BTHN.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {call.q_BTHN.dtype.name}"
     capability = jax.local_devices()[0].compute_capability
+    if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < 8:
+        return f"it is for NVIDIA GPUs of compute capability 8.0 and above; this GPU has {capability}"
     width, widest = max(call.q_BTHN.shape[-1], call.v_BTGM.shape[-1]), WIDEST[float(capability) >= 9]
     if width > widest:
         return f"a head is {width} wide, and on this GPU (compute capability {capability}) it takes at most {widest}"
@@ -54,7 +57,7 @@ _without_gradient.defvjp(lambda lse_BHT, *_: (lse_BHT.value, None), _backward, s
 
 
 def cudnn_attention(call: Call) -> tuple[jax.Array, jax.Array]:
-    """See `api.windowed_attention`. A row that does not begin with its one document, all padding behind it, gives NaN.
+    """See `api.windowed_attention`. What is not of one document, at the beginning of the row, gives NaN or zeros.
 
     The log-sum-exp is rounded to the dtype of the inputs, and differentiating through it raises.
     """
@@ -63,8 +66,8 @@ def cudnn_attention(call: Call) -> tuple[jax.Array, jax.Array]:
     width = -(-max(N, M) // PIECE) * PIECE
     q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in (q_BTHN, k_BTGN, v_BTGM))
     real_BT = segment_BT > 0
-    # Under causality nothing real sees the padding behind it.
-    length_B = None if call.causal else jnp.sum(real_BT, axis=1, dtype=jnp.int32)
+    # Under causality nothing of the document sees what is behind it.
+    length_B = None if call.causal else jnp.sum(segment_BT == 1, axis=1, dtype=jnp.int32)
     out_BTHM, lse_BTH = jax.nn.dot_product_attention(
         q,
         k,

@@ -39,7 +39,7 @@ from dsv3_jax.ops.patterns import reach
 
 LANES = 128
 LARGEST_BLOCK = 2**19  # bytes of keys or values: eight such blocks, twice each, their sums and scores fill `MEMORY`
-SCALAR_MEMORY = int(0.9 * 2**20)  # bytes for plans, of the 1 MiB of every TPU so far
+SCALAR_MEMORY = int(0.9 * 2**20)  # bytes for plans, of the 1 MiB of a v5p and every later TPU
 WAITING = 40 * 2**20  # bytes of gradients of queries that may wait on the chip: those of 54,000 queries 192 wide
 MEMORY = 20 * 2**20  # bytes on the chip for all else; both together fit a v5p and every later TPU
 
