@@ -3,6 +3,7 @@
 from dsv3_jax.config.attention import (
     SPARSE_KERNELS,
     WINDOWED_KERNELS,
+    Attention,
     GroupedQuery,
     LayerPattern,
     LearnedGlobal,
@@ -163,7 +164,28 @@ def check_model(model: ModelConfig) -> None:
         model.num_dense_layers,
         f"must be between 0 and model.num_layers={model.num_layers}",
     )
-    attention, prefix = model.attention, "model.attention.projection"
+    _validate_attention(model.attention)
+    if model.moe is None:
+        require(
+            model.num_dense_layers == model.num_layers,
+            "model.num_dense_layers",
+            model.num_dense_layers,
+            f"must equal model.num_layers={model.num_layers} when model.moe is none",
+        )
+    else:
+        _validate_moe(model.moe)
+        require(
+            model.attention.causal or not isinstance(model.moe.expert, DeepExpert),
+            "model.moe.expert",
+            model.moe.expert.kind,
+            "needs model.attention.causal=true: deep experts attend to earlier tokens only",
+        )
+    _validate_extras(model)
+
+
+def _validate_attention(attention: Attention) -> None:
+    """Projection, pattern, kernel, and what goes with any of them."""
+    prefix = "model.attention.projection"
     projection = attention.projection
     if isinstance(projection, GroupedQuery):
         require_positive(projection, prefix, "num_heads", "num_kv_heads", "head_dim")
@@ -213,22 +235,6 @@ def check_model(model: ModelConfig) -> None:
         "must be positive or none",
     )
     _validate_scaling(attention.rope_scaling)
-    if model.moe is None:
-        require(
-            model.num_dense_layers == model.num_layers,
-            "model.num_dense_layers",
-            model.num_dense_layers,
-            f"must equal model.num_layers={model.num_layers} when model.moe is none",
-        )
-    else:
-        _validate_moe(model.moe)
-        require(
-            attention.causal or not isinstance(model.moe.expert, DeepExpert),
-            "model.moe.expert",
-            model.moe.expert.kind,
-            "needs model.attention.causal=true: deep experts attend to earlier tokens only",
-        )
-    _validate_extras(model)
 
 
 def _validate_extras(model: ModelConfig) -> None:
